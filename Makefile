@@ -1,0 +1,43 @@
+# Set-up is one target; every other target runs it first. See README.md.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+TEST_WORKERS ?= 2
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: $(STAMP)
+
+# torch first and alone: a looser first install may pull gigabytes of CUDA packages.
+# llama-models without its dependencies: the tests need its tokenizer and chat format only.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; try make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llama-models
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
+
+test: setup
+	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow and not gpu"
+
+test-slow: setup
+	$(PY) -m pytest -m "slow or gpu"
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Needs peers in venvs of their own; docs/benchmarks.md says how to make them.
+bench: setup
+	$(PY) bench/quantize.py
+	$(PY) bench/batch_cpu.py
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

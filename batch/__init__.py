@@ -1,0 +1,1 @@
+"""JSONL in, JSONL out: schema, chat, images, job, backends, engine, model and kernels."""

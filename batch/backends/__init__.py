@@ -1,0 +1,1 @@
+"""Where prepared requests are run: `run(requests) -> results`."""

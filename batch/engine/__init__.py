@@ -1,0 +1,1 @@
+"""Continuous batching: sequences, block accounting, scheduler, sampler and the step loop."""

@@ -1,0 +1,1 @@
+"""Compute kernels: `ops.py` dispatches, `reference.py` is the specification and the fallback."""

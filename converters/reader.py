@@ -1,0 +1,47 @@
+"""Reading checkpoints: canonical tensors out of any layout, from headers first, tensor slices on demand.
+
+A canonical tensor has the per-expert name of Hugging Face's multimodal layout
+(`language_model.model.layers.N.feed_forward.experts.E.gate_proj.weight`), and every projection is 2-D [out, in],
+whatever the file stores. `open_checkpoint(path)` is the one way in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from l4tool.core.arch import Arch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A canonical tensor, known from headers alone. `file` is where its bytes lie; `nbytes` counts stored bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    file: Path
+
+
+class Reader(Protocol):
+    """One open checkpoint. Opening reads headers only and has already checked every name, shape and file size."""
+
+    path: Path
+    arch: Arch
+    layout: str  # "hf", "hf-text", "compressed-tensors", …
+    quantization: dict | None  # config.json's quantization_config, as it stands
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every canonical tensor by name, in a stable order."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A canonical tensor or a range of its rows; a zero-copy view of the mapped file where the layout allows,
+        so it may be strided (a fused expert is stored [in, out]) and must not be written to."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""The command line: a lazy Click group, and the one place that catches errors and sets exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+from l4tool import __version__
+from l4tool.core import errors
+
+COMMANDS = {
+    "quantize": "Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.",
+    "batch": "Run a JSONL file of prompts and images through a checkpoint.",
+}
+
+EXIT_CODES = """\b
+Exit codes:
+   0  done
+   3  batch finished, but some output lines are errors
+  64  options or arguments do not fit
+  65  input unusable (checkpoint, config, JSONL)
+  66  an input does not exist
+  69  device or backend not available
+  73  output cannot be written
+  75  another run holds the output
+  77  no access
+ 130  interrupted; 143 terminated"""
+
+
+class LazyGroup(click.Group):
+    """Lists commands from the table and imports a command's module only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"l4tool.commands.{name}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="l4tool")
+def cli() -> None:
+    """The Llama 4 toolchain: quantize checkpoints and run offline batches over JSONL files."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like KeyboardInterrupt so that files are left consistent."""
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code and prints at most one error."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        result = cli.main(args=argv, prog_name="l4tool", standalone_mode=False)
+        return result if isinstance(result, int) else errors.EXIT_OK
+    except click.ClickException as error:
+        error.show()
+        return errors.EXIT_USAGE
+    except errors.L4Error as error:
+        print(f"l4tool: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("l4tool: interrupted", file=sys.stderr)
+        return errors.EXIT_SIGINT
+    except Terminated:
+        print("l4tool: terminated", file=sys.stderr)
+        return errors.EXIT_SIGTERM
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.EXIT_OK
+    except Exception as error:
+        return _internal(error)
+
+
+def _internal(error: Exception) -> int:
+    """Our own bug: one line for the user, the traceback only on request."""
+    if os.environ.get("L4TOOL_DEBUG"):
+        raise error
+    print(f"l4tool: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+    print("  hint: run again with L4TOOL_DEBUG=1 for the traceback, and report it", file=sys.stderr)
+    return errors.EXIT_INTERNAL
+
+
+def run() -> None:
+    """Console-script entry point."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

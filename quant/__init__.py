@@ -1,0 +1,1 @@
+"""Numbers: quantization schemes, INT4 and FP8 kernels, packing, and the streaming pipeline."""

@@ -32,8 +32,9 @@ class PagedKind:
 
 @dataclass(frozen=True)
 class StepInput:
-    """token_ids, positions: int64 [T]. query_start: int32 [S+1], sequence s owns tokens query_start[s]:query_start[s+1].
+    """token_ids, positions: int64 [T].
 
+    query_start: int32 [S+1], sequence s owns tokens query_start[s]:query_start[s+1].
     context_len: int32 [S], tokens known after this step (last position + 1).
     logits_rows: int64 [N], the tokens whose next-token logits are wanted.
     image_rows: int64 [P] and image_features [P, H]: rows whose embeddings are replaced; None without images.

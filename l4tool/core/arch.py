@@ -22,7 +22,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TextArch:
-    """The language model. Lengths are in tokens; `rope_layers[i]` is True where layer i HAS rope (chunked attention)."""
+    """The language model. Lengths are in tokens; `rope_layers[i]`: layer i HAS rope (and chunked attention)."""
 
     vocab_size: int
     hidden_size: int

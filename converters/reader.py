@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from converters.quant_config import LinearFormat
 from l4tool.core.arch import Arch
 
 
@@ -32,8 +33,10 @@ class Reader(Protocol):
 
     path: Path
     arch: Arch
-    layout: str  # "hf", "hf-text", "compressed-tensors", …
-    quantization: dict | None  # config.json's quantization_config, as it stands
+    layout: str  # "hf", "hf-text", "per-expert", "compressed-tensors"
+    quantization: dict[str, Any] | None  # config.json's quantization_config, as it stands
+    config: dict[str, Any]  # config.json, as it stands
+    dtype: torch.dtype  # of the unquantized weights
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every canonical tensor by name, in a stable order."""
@@ -42,6 +45,22 @@ class Reader(Protocol):
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A canonical tensor or a range of its rows; a zero-copy view of the mapped file where the layout allows,
         so it may be strided (a fused expert is stored [in, out]) and must not be written to."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Let the kernel drop the mapped pages behind a tensor (of the whole expert for a fused one)."""
+        ...
+
+    def linear_format(self, prefix: str) -> LinearFormat | None:
+        """How the Linear `prefix` (a name without `.weight`) is stored; None where it is not quantized."""
+        ...
+
+    def side_files(self) -> list[Path]:
+        """Files to copy beside derived weights: tokenizer, chat template, processor and generation config, licence."""
+        ...
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold tensors, sorted by name."""
         ...
 
     def close(self) -> None: ...

@@ -1,0 +1,32 @@
+"""Where the keys of one step's sequences lie, for one kind of layer, in the form that attention kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class PagedBatch:
+    """Legend: S sequences in the step.
+
+    block_table int32 [S, max_blocks]; query_start int32 [S+1] (rows of q per sequence); cached_len int32 [S]: cached
+    positions that sequence s's last query sees, counted from slot 0 of block_table[s, 0].
+    max_query_len, max_context_len (largest cached_len, or more): plain ints.
+    """
+
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    cached_len: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+    _ranges: list[tuple[int, int, int]] | None = field(default=None, repr=False)
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """(first row, end row, cached length) per sequence; read back from the device once per step."""
+        if self._ranges is None:
+            rows, cached = self.query_start.tolist(), self.cached_len.tolist()
+            self._ranges = list(zip(rows, rows[1:], cached, strict=False))
+        return iter(self._ranges)

@@ -1,0 +1,53 @@
+"""The paged KV cache: one pool of blocks for the NoPE ("full") layers, one for the rope ("chunked") layers.
+
+Legend: B tokens per block, K kv heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from l4tool.core.arch import TextArch
+
+Kind = Literal["full", "chunked"]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Per layer: k[layer] and v[layer] [num_blocks, B, K, D] in the activation dtype; block ids are per kind."""
+
+    k: tuple[torch.Tensor, ...]
+    v: tuple[torch.Tensor, ...]
+    block_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.k, *self.v))
+
+
+def layers_of_kind(arch: TextArch, kind: Kind) -> int:
+    """How many layers keep their keys in the pool `kind`."""
+    rope = sum(arch.rope_layers)
+    return rope if kind == "chunked" else arch.num_layers - rope
+
+
+def bytes_per_block(arch: TextArch, kind: Kind, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block of `kind` takes over all its layers, K and V."""
+    return 2 * layers_of_kind(arch, kind) * block_size * arch.num_kv_heads * arch.head_dim * dtype.itemsize
+
+
+def allocate(
+    arch: TextArch, num_full_blocks: int, num_chunked_blocks: int, block_size: int,
+    device: torch.device, dtype: torch.dtype,
+) -> KVCache:  # fmt: skip
+    """Zeroed caches: attention may multiply a never-written slot by weight 0, so it must not hold NaN."""
+    pools: list[list[torch.Tensor]] = [[], []]
+    for pool in pools:
+        for has_rope in arch.rope_layers:
+            blocks = num_chunked_blocks if has_rope else num_full_blocks
+            shape = (blocks, block_size, arch.num_kv_heads, arch.head_dim)
+            pool.append(torch.zeros(shape, dtype=dtype, device=device))
+    return KVCache(tuple(pools[0]), tuple(pools[1]), block_size)

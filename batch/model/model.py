@@ -1,0 +1,97 @@
+"""A loaded Llama 4: text, vision and the memory figures that the engine plans with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from batch.model import kv as paged
+from batch.model.inputs import StepInput
+from batch.model.kv import Kind, KVCache
+from batch.model.text import TextModel
+from batch.model.vision import VisionModel, load_vision
+from batch.model.weights import Loader, load_text, nbytes_of
+from batch.requests import ImageTiles
+from converters.reader import Reader
+from l4tool.core.arch import Arch
+from l4tool.core.errors import DeviceError, UsageError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+class Model:
+    """One model on one device. `forward` and `encode_images` are all that runs; neither keeps state."""
+
+    def __init__(
+        self, arch: Arch, text: TextModel, vision: VisionModel | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.arch, self.text, self.vision = arch, text, vision
+        self.device, self.dtype = device, dtype
+        self.weights_nbytes = nbytes_of(text.weights) + (nbytes_of(vision.weights) if vision else 0)
+
+    def kv_bytes_per_block(self, kind: Kind, block_size: int) -> int:
+        """Bytes of one KV block ("full" or "chunked") over all its layers."""
+        return paged.bytes_per_block(self.arch.text, kind, block_size, self.dtype)
+
+    def allocate_kv(self, num_full_blocks: int, num_chunked_blocks: int, block_size: int) -> KVCache:
+        """An empty paged cache. Raises DeviceError when it does not fit."""
+        try:
+            return paged.allocate(
+                self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.dtype
+            )
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise DeviceError(f"the KV cache does not fit: {error}", hint="give a smaller --kv-memory") from error
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
+        """One step over flat tokens: updates `kv`, returns float32 logits [N, V] for step.logits_rows."""
+        return self.text.forward(step, kv)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[ImageTiles]) -> list[torch.Tensor]:
+        """Per picture: features [num_tiles · tokens_per_tile, H] in the order its patch tokens stand in the prompt."""
+        if self.vision is None:
+            raise UsageError("this checkpoint has no vision tower", hint="send text only, or use a multimodal export")
+        return [self.vision.encode(torch.from_numpy(image.pixels)) for image in images]
+
+
+def load_model(reader: Reader, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Model:
+    """Load every weight of a checkpoint. dtype None: the checkpoint's own. Raises DeviceError, UsageError,
+    CheckpointError."""
+    where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
+    loader = Loader(reader, where, kind)
+    try:
+        with torch.inference_mode():
+            text = TextModel(reader.arch.text, load_text(loader, reader.arch.text))
+            tower = reader.arch.vision
+            vision = VisionModel(tower, load_vision(loader, tower)) if tower is not None else None
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{reader.path} does not fit on {where}: {error}", hint="quantize it first: l4tool quantize --int4"
+        ) from error
+    return Model(reader.arch, text, vision, where, kind)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """'cpu', 'cuda' or 'cuda:1' → a device that is there. Raises UsageError, DeviceError."""
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"not a device: {device!r}", hint="write cpu, cuda or cuda:0") from error
+    if where.type == "cpu":
+        return where
+    if where.type != "cuda":
+        raise UsageError(f"device {where} is not supported", hint="use --device cpu or --device cuda")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (where.index or 0) >= count:
+        raise DeviceError(f"device {where} is not available: torch sees {count} CUDA devices", hint="use --device cpu")
+    return where
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, arch: Arch) -> torch.dtype:
+    """The activation dtype; None means the checkpoint's. Raises UsageError."""
+    name = str(arch.dtype if dtype is None else dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name} is not supported", hint=f"use one of {', '.join(DTYPES)}")
+    return DTYPES[name]

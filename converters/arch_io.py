@@ -35,7 +35,7 @@ def arch_from_config(config: Mapping[str, Any], where: str, generation: Mapping[
     architecture that is not Llama 4.
     """
     top = Fields(config if isinstance(config, dict) else dict(config) if isinstance(config, Mapping) else config, where)
-    kind = top.text("model_type")
+    kind = top.string("model_type")
     if kind not in (MULTIMODAL, TEXT_ONLY):
         raise top.bad("model_type", "'llama4' or 'llama4_text'", hint="this tool reads Llama 4 checkpoints only")
     text_fields = top.child("text_config") if kind == MULTIMODAL else top
@@ -59,7 +59,7 @@ def arch_from_config(config: Mapping[str, Any], where: str, generation: Mapping[
 def _token(top: Fields, name: str, default: int, last: int) -> int:
     """transformers writes `boi_token_index`, and also accepts `boi_token_id`."""
     key = f"{name}_id" if top.get(f"{name}_id") is not None else f"{name}_index"
-    value: int = top.int(key, default, low=0, high=last)
+    value: int = top.integer(key, default, low=0, high=last)
     if value > last:
         raise top.bad(key, f"a token id below vocab_size {last + 1}")
     return value
@@ -70,7 +70,7 @@ def _dtype(top: Fields, text: Fields) -> str:
         for key in ("dtype", "torch_dtype"):
             if fields.get(key) is None:
                 continue
-            value = fields.text(key)
+            value = fields.string(key)
             if value not in DTYPES:
                 raise fields.bad(key, "bfloat16, float16 or float32")
             return value
@@ -79,43 +79,43 @@ def _dtype(top: Fields, text: Fields) -> str:
 
 def _text_arch(f: Fields, top: Fields, generation: Mapping[str, Any] | None) -> TextArch:
     _refuse_unsupported(f)
-    num_layers = f.int("num_hidden_layers", 48, high=10_000)
-    num_heads = f.int("num_attention_heads", 40)
-    num_kv_heads = f.int("num_key_value_heads", 8 if "num_key_value_heads" not in f.values else num_heads)
+    num_layers = f.integer("num_hidden_layers", 48, high=10_000)
+    num_heads = f.integer("num_attention_heads", 40)
+    num_kv_heads = f.integer("num_key_value_heads", 8 if "num_key_value_heads" not in f.values else num_heads)
     if num_heads % num_kv_heads:
         raise f.bad("num_attention_heads", f"a multiple of num_key_value_heads {num_kv_heads}")
-    hidden_size = f.int("hidden_size", 5120)
-    head_dim = f.int("head_dim", 128 if "head_dim" not in f.values else max(1, hidden_size // num_heads))
+    hidden_size = f.integer("hidden_size", 5120)
+    head_dim = f.integer("head_dim", 128 if "head_dim" not in f.values else max(1, hidden_size // num_heads))
     if head_dim % 2:
         raise f.bad("head_dim", "even")
-    vocab_size = f.int("vocab_size", 202048)
+    vocab_size = f.integer("vocab_size", 202048)
     theta, scaling = _rope(f, 500000.0)
-    max_positions = f.int("max_position_embeddings", 4096 * 32)
+    max_positions = f.integer("max_position_embeddings", 4096 * 32)
     tie_from = f if f.get("tie_word_embeddings") is not None else top
-    pad_id = f.int("pad_token_id", None, low=-1, high=vocab_size - 1)
+    pad_id = f.integer("pad_token_id", None, low=-1, high=vocab_size - 1)
     return TextArch(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=f.int("intermediate_size", 8192),
-        intermediate_size_mlp=f.int("intermediate_size_mlp", 16384),
+        intermediate_size=f.integer("intermediate_size", 8192),
+        intermediate_size_mlp=f.integer("intermediate_size_mlp", 16384),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        num_experts=f.int("num_local_experts", 16, high=100_000),
-        experts_per_token=f.int("num_experts_per_tok", 1),
+        num_experts=f.integer("num_local_experts", 16, high=100_000),
+        experts_per_token=f.integer("num_experts_per_tok", 1),
         moe_layers=_moe_layers(f, num_layers),
         rope_layers=_rope_layers(f, num_layers),
-        attention_chunk_size=f.int(
+        attention_chunk_size=f.integer(
             "attention_chunk_size", max_positions if "attention_chunk_size" in f.values else 8192
         ),
         rope_theta=theta,
         rope_scaling=scaling,
         use_qk_norm=f.flag("use_qk_norm", True),
         attn_temperature_tuning=f.flag("attn_temperature_tuning", True),
-        floor_scale=f.float("floor_scale", 8192.0),
-        attn_scale=f.float("attn_scale", 0.1, above=-1e-9),
-        rms_norm_eps=f.float("rms_norm_eps", 1e-5, high=1.0),
+        floor_scale=f.number("floor_scale", 8192.0),
+        attn_scale=f.number("attn_scale", 0.1, above=-1e-9),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-5, high=1.0),
         max_position_embeddings=max_positions,
         tie_word_embeddings=tie_from.flag("tie_word_embeddings", False),
         bos_token_id=_bos(f, vocab_size),
@@ -133,7 +133,7 @@ def _refuse_unsupported(f: Fields) -> None:
 def _bos(f: Fields, vocab_size: int) -> int | None:
     if "bos_token_id" in f.values and f.get("bos_token_id") is None:
         return None
-    return f.int("bos_token_id", 1, low=0, high=vocab_size - 1)  # type: ignore[no-any-return]
+    return f.integer("bos_token_id", 1, low=0, high=vocab_size - 1)
 
 
 def _eos(f: Fields, top: Fields, generation: Mapping[str, Any] | None, vocab_size: int) -> tuple[int, ...]:
@@ -147,8 +147,8 @@ def _eos(f: Fields, top: Fields, generation: Mapping[str, Any] | None, vocab_siz
 
 
 def _moe_layers(f: Fields, num_layers: int) -> tuple[int, ...]:
-    step = f.int("interleave_moe_layer_step", 1, high=10_000)
-    given = f.ints("moe_layers", high=num_layers - 1)
+    step = f.integer("interleave_moe_layer_step", 1, high=10_000)
+    given = f.integers("moe_layers", high=num_layers - 1)
     if given is None:
         return tuple(range(step - 1, num_layers, step))
     if len(set(given)) != len(given):
@@ -157,9 +157,9 @@ def _moe_layers(f: Fields, num_layers: int) -> tuple[int, ...]:
 
 
 def _rope_layers(f: Fields, num_layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers[i]` is 1 where the layer HAS rope; [] (old configs) means every `no_rope_layer_interval`-th has not."""
-    interval = f.int("no_rope_layer_interval", 4)
-    flags = f.ints("no_rope_layers", high=1)
+    """`no_rope_layers[i]` is 1 where the layer HAS rope; [] (old configs) means each 4th or so has not."""
+    interval = f.integer("no_rope_layer_interval", 4)
+    flags = f.integers("no_rope_layers", high=1)
     if not flags:
         layers = tuple((layer + 1) % interval != 0 for layer in range(num_layers))
     elif len(flags) < num_layers:
@@ -178,19 +178,19 @@ def _rope(f: Fields, default_theta: float) -> tuple[float, RopeScaling | None]:
     new, old = f.child("rope_parameters"), f.child("rope_scaling")
     rope = new or old
     theta_from = new if new is not None and new.get("rope_theta") is not None else f
-    theta = theta_from.float("rope_theta", default_theta)
+    theta = theta_from.number("rope_theta", default_theta)
     if rope is None or not rope.values:
         return theta, None
-    kind = rope.text("rope_type") or rope.text("type")
+    kind = rope.string("rope_type") or rope.string("type")
     if kind == "default" or (kind is None and not any(key in rope.values for key in SCALING_KEYS)):
         return theta, None
     if kind != "llama3":
         raise rope.bad("rope_type", "'llama3' or 'default'")
-    low, high = rope.float("low_freq_factor"), rope.float("high_freq_factor")
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if low > high:
         raise rope.bad("low_freq_factor", f"at most high_freq_factor {high:g}")
-    original = rope.int("original_max_position_embeddings")
-    return theta, RopeScaling(rope.float("factor"), low, high, original)
+    original = rope.integer("original_max_position_embeddings")
+    return theta, RopeScaling(rope.number("factor"), low, high, original)
 
 
 def _side(f: Fields, name: str, default: int) -> int:
@@ -200,7 +200,7 @@ def _side(f: Fields, name: str, default: int) -> int:
         if len(sides) != 2 or sides[0] != sides[1]:
             raise f.bad(name, "an integer, or twice the same integer")
         f = Fields({name: sides[0]}, f.where)
-    return f.int(name, default, high=100_000)  # type: ignore[no-any-return]
+    return f.integer(name, default, high=100_000)
 
 
 def _vision_arch(f: Fields) -> VisionArch:
@@ -211,17 +211,17 @@ def _vision_arch(f: Fields) -> VisionArch:
     if scaling is not None:
         raise f.bad("rope_parameters", "without scaling")
     arch = VisionArch(
-        hidden_size=f.int("hidden_size", 768),
-        intermediate_size=f.int("intermediate_size", 5632),
-        num_layers=f.int("num_hidden_layers", 34, high=10_000),
-        num_heads=f.int("num_attention_heads", 16),
-        num_channels=f.int("num_channels", 3, high=3),
+        hidden_size=f.integer("hidden_size", 768),
+        intermediate_size=f.integer("intermediate_size", 5632),
+        num_layers=f.integer("num_hidden_layers", 34, high=10_000),
+        num_heads=f.integer("num_attention_heads", 16),
+        num_channels=f.integer("num_channels", 3, high=3),
         image_size=_side(f, "image_size", 448),
         patch_size=_side(f, "patch_size", 14),
-        pixel_shuffle_ratio=f.float("pixel_shuffle_ratio", 0.5, high=1.0),
-        projector_input_dim=f.int("projector_input_dim", 4096),
-        projector_output_dim=f.int("projector_output_dim", 4096),
-        output_dim=f.int("vision_output_dim", 7680),
+        pixel_shuffle_ratio=f.number("pixel_shuffle_ratio", 0.5, high=1.0),
+        projector_input_dim=f.integer("projector_input_dim", 4096),
+        projector_output_dim=f.integer("projector_output_dim", 4096),
+        output_dim=f.integer("vision_output_dim", 7680),
         rope_theta=theta,
     )
     _check_vision(f, arch)

@@ -1,4 +1,4 @@
-"""`open_checkpoint(path)`: the one way in. The layout is told by config.json and the tensor names, never by file names."""
+"""`open_checkpoint(path)`: the one way in. config.json and tensor names tell the layout, file names never do."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def open_checkpoint(path: str | Path) -> Reader:
 
 
 def _is_fused(folder: CheckpointFolder) -> bool:
-    """Fused experts unless only per-expert names are there (a checkpoint without MoE layers reads the same both ways)."""
+    """Fused unless per-expert names are there; without MoE layers both tables are the same."""
     return not any(".experts." in name and name.endswith(".weight") for name in folder.stored)

@@ -1,4 +1,4 @@
-"""Typed reading of JSON files and objects: a value of the right type and range, or one CheckpointError that names it."""
+"""Typed reading of JSON files: a value of the right type and range, or one CheckpointError that names it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
-    def int(self, name: str, default: int | None = _MISSING, low: int = 1, high: int = MAX_INT) -> Any:
+    def integer(self, name: str, default: int | None = _MISSING, low: int = 1, high: int = MAX_INT) -> Any:
         """An integer in [low, high]; a float without a fraction counts. Absent or null → default, or an error."""
         value = self.get(name)
         if value is None and default is not _MISSING:
@@ -79,7 +79,7 @@ class Fields:
             raise self.bad(name, f"an integer from {low} to {high}")
         return value
 
-    def float(self, name: str, default: float | None = _MISSING, above: float = 0.0, high: float = 1e12) -> Any:
+    def number(self, name: str, default: float | None = _MISSING, above: float = 0.0, high: float = 1e12) -> Any:
         """A finite number in (above, high]."""
         value = self.get(name)
         if value is None and default is not _MISSING:
@@ -97,13 +97,13 @@ class Fields:
             raise self.bad(name, "true or false")
         return bool(value)
 
-    def text(self, name: str, default: str | None = None) -> str | None:
+    def string(self, name: str, default: str | None = None) -> str | None:
         value = self.get(name, default)
         if value is not None and not isinstance(value, str):
             raise self.bad(name, "a string")
         return value
 
-    def ints(self, name: str, low: int = 0, high: int = MAX_INT) -> list[int] | None:
+    def integers(self, name: str, low: int = 0, high: int = MAX_INT) -> list[int] | None:
         """A list of integers, or None when absent."""
         value = self.get(name)
         if value is None:

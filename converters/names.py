@@ -109,7 +109,7 @@ def _mlp_rows(base: str, inner: int, hidden: int) -> Iterator[Row]:
 
 
 def _moe_rows(base: str, t: TextArch) -> Iterator[Row]:
-    """Fused experts are stored [in, out] per expert, gate before up: each canonical projection is a transposed slice."""
+    """Fused experts are stored [in, out], gate before up: a canonical projection is a transposed slice."""
     hidden, inner = t.hidden_size, t.intermediate_size
     gate_up, down = [], []
     for e in range(t.num_experts):

@@ -1,0 +1,25 @@
+"""Shared, read-only checkpoints: made once per test process, in about two seconds each."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoints
+
+
+@pytest.fixture(scope="session")
+def scout_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scout-like: 4 MoE layers of 4 experts, QK norm, llama3 rope scaling, vision tower; several shards."""
+    return checkpoints.make(tmp_path_factory.mktemp("scout") / "model")
+
+
+@pytest.fixture(scope="session")
+def maverick_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Maverick-like: MoE on every second layer, dense layers between, no QK norm, plain rope."""
+    return checkpoints.make(tmp_path_factory.mktemp("maverick") / "model", arch="maverick")
+
+
+@pytest.fixture(scope="session")
+def scout_tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scout-like, text only (`Llama4ForCausalLM`)."""
+    return checkpoints.make(tmp_path_factory.mktemp("text") / "model", text_only=True)

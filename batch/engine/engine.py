@@ -1,0 +1,289 @@
+"""Continuous batching: one `step()` takes every running sequence one piece further.
+
+prompt → Sequence (`add`) → Scheduler (plan) → Runner (StepInput, logits) → sampler (tokens) → back to the Sequence.
+The engine knows tokens and pixels, no text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from batch.engine.blocks import BlockManager, BlockNeed, split_memory
+from batch.engine.image_features import ImageMismatch, SequenceImages
+from batch.engine.runner import ImageEncodingError, Runner, StepModel
+from batch.engine.sampler import Draw, sample
+from batch.engine.scheduler import Scheduler
+from batch.engine.sequence import Piece, Sequence
+from batch.requests import ImageTiles, SamplingParams
+from l4tool.core.errors import DeviceError
+from l4tool.core.sizes import format_bytes
+
+MAX_POOL_BLOCKS = 1 << 20  # bounds the bookkeeping where a kind of layer is absent and its blocks cost nothing
+GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine: tokens per step, sequences at a time, bytes of KV cache, tokens per KV block."""
+
+    max_batch_tokens: int
+    max_seqs: int
+    kv_bytes: int
+    block_size: int
+
+
+@dataclass
+class EngineStats:
+    """What was done so far. Times in seconds; `peak_image_bytes` counts image features held between steps."""
+
+    steps: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    peak_full_blocks: int = 0
+    peak_chunked_blocks: int = 0
+    peak_image_bytes: int = 0
+    schedule_s: float = 0.0
+    build_s: float = 0.0
+    model_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class Engine:
+    """Owns the KV cache and the sequences; one thread calls it.
+
+    `eos_token_ids` (the checkpoint's own unless given) end every sequence, beside its own stop ids.
+    Raises DeviceError when `kv_bytes` does not hold a single block of each kind.
+    """
+
+    def __init__(self, model: StepModel, config: EngineConfig, eos_token_ids: Iterable[int] | None = None) -> None:
+        self.model = model
+        self.config = config
+        text = model.arch.text
+        self.eos_token_ids = frozenset(text.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._longest = BlockNeed(1, 1)
+        split = self._split(self._longest)
+        if split is None:
+            raise DeviceError(
+                f"{format_bytes(config.kv_bytes)} of KV memory hold no block of {config.block_size} tokens",
+                hint="give --kv-memory a larger size",
+            )
+        self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
+        self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens)
+        self.runner = Runner(model, self.blocks)
+        self.stats = EngineStats()
+        self._good_steps = 0
+
+    # -- the way in and out
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
+    def wants_more(self) -> bool:
+        """False when the next step is already full: whoever feeds the engine should then stop pulling requests."""
+        waiting = self.scheduler.waiting
+        return (
+            len(self.scheduler.running) + len(waiting) < self.scheduler.max_seqs
+            and sum(s.num_left for s in waiting) < self.scheduler.max_batch_tokens
+        )
+
+    def add(
+        self, handle: object, prompt: list[int], sampling: SamplingParams, images: tuple[ImageTiles, ...] = ()
+    ) -> Sequence:
+        """Queue one completion. A request that can never run comes back with `error` set and is not queued.
+
+        A prompt that fits while prompt + max_tokens passes the model's context gets as many tokens as fit
+        (finish_reason "length").
+        """
+        context = self.model.arch.text.max_position_embeddings
+        sequence = Sequence(
+            handle=handle, tokens=list(prompt), prompt_len=len(prompt), sampling=sampling,
+            max_len=min(len(prompt) + sampling.max_tokens, context),
+            stop_ids=self.eos_token_ids | sampling.stop_token_ids,
+        )  # fmt: skip
+        sequence.error = self._refusal(sequence, images)
+        if sequence.error is None and sampling.max_tokens == 0:
+            sequence.finish_reason = "length"
+        if not sequence.is_over:
+            self.scheduler.add(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence from outside (a stop string was seen, or nobody wants it any more)."""
+        sequence.finish_reason = sequence.finish_reason or reason
+        self._release(sequence)
+
+    def close(self) -> None:
+        """Drop the KV cache."""
+        self.runner.kv = None
+
+    # -- one step
+
+    def step(self) -> list[Sequence]:
+        """Move on by one step; returns the sequences that got a token or ended. Needs `has_work`."""
+        began = time.perf_counter()
+        plan = self.scheduler.schedule()
+        self.stats.schedule_s += time.perf_counter() - began
+        assert plan, "nothing to do"
+        return self._run(plan)
+
+    def _run(self, plan: list[Piece]) -> list[Sequence]:
+        drawing = [piece.sequence for piece in plan if piece.wants_logits]
+        times = [time.perf_counter()]
+        try:
+            step = self.runner.build(plan)
+            times.append(time.perf_counter())
+            logits = self.runner.forward(step)  # float32 [N, V]
+            times.append(time.perf_counter())
+            draws = sample(logits, [s.sampling for s in drawing], [s.num_generated for s in drawing])
+            times.append(time.perf_counter())
+        except Exception as error:
+            return self._recover(plan, error)
+        self._count(plan, times)
+        return self._advance(plan, drawing, draws)
+
+    def _advance(self, plan: list[Piece], drawing: list[Sequence], draws: list[Draw]) -> list[Sequence]:
+        """The step was computed: book it, hand out the tokens, let go of what is over."""
+        for piece in plan:
+            piece.sequence.num_computed = piece.end
+            if piece.sequence.images is not None:
+                piece.sequence.images.forget(piece.end)
+        for sequence, draw in zip(drawing, draws, strict=True):
+            if draw.token is None:
+                sequence.error = ("model_error", "the model's output is not finite (NaN or infinity)")
+            else:
+                sequence.append(draw.token, draw.logprob)
+            if sequence.is_over:
+                self._release(sequence)
+        return drawing
+
+    # -- when something is wrong
+
+    def _refusal(self, sequence: Sequence, images: tuple[ImageTiles, ...]) -> tuple[str, str] | None:
+        """Why this sequence can never run (code, message), or None. Attaches its images."""
+        text, vision = self.model.arch.text, self.model.arch.vision
+        prompt, context = sequence.tokens, text.max_position_embeddings
+        if not prompt:
+            return "empty_prompt", "the prompt has no tokens"
+        if len(prompt) >= context:
+            return "context_length_exceeded", f"the prompt has {len(prompt)} tokens; the model's context is {context}"
+        if min(prompt) < 0 or max(prompt) >= text.vocab_size:
+            return "invalid_token", f"token ids must lie in 0 … {text.vocab_size - 1}"
+        if images and (vision is None or self.model.arch.image_token_id is None):
+            return "images_not_supported", "this checkpoint has no vision tower, so it cannot read images"
+        if vision is not None and self.model.arch.image_token_id is not None:
+            try:
+                seen = SequenceImages(prompt, images, self.model.arch.image_token_id, vision.tokens_per_tile)
+            except ImageMismatch as error:
+                return "image_mismatch", str(error)
+            sequence.images = seen if images else None
+        return self._too_large(sequence)
+
+    def _too_large(self, sequence: Sequence) -> tuple[str, str] | None:
+        need = self.blocks.need(sequence.max_len)
+        if self.blocks.fits_alone(sequence.max_len) or self._rebalance(need):
+            return None
+        full_bytes, chunked_bytes = self._block_bytes()
+        return "kv_cache_too_small", (
+            f"prompt and completion ({sequence.prompt_len} + {sequence.max_len - sequence.prompt_len} tokens) need "
+            f"{format_bytes(need.full * full_bytes + need.chunked * chunked_bytes)} of KV cache, which has "
+            f"{format_bytes(self.config.kv_bytes)}; raise --kv-memory or lower max_tokens"
+        )
+
+    def _recover(self, plan: list[Piece], error: Exception) -> list[Sequence]:
+        """A step failed; nothing of it was booked, so it can be repeated smaller. Returns the sequences that end."""
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(f"the device failed: {error}", hint="run again; if it stays, use --device cpu") from error
+        if isinstance(error, ImageEncodingError):
+            return [self._fail(error.sequence, "image_error", f"encoding the images failed: {error}")]
+        tokens = sum(piece.length for piece in plan)
+        if is_out_of_memory(error) and tokens > 1:
+            self._good_steps = 0
+            self._limit(tokens // 2)
+            return []
+        if len(plan) > 1:
+            # Each alone, so that only the culprit fails; one that was preempted meanwhile waits for its next plan.
+            return [s for piece in plan if piece.sequence in self.scheduler.running for s in self._run([piece])]
+        return [self._fail(plan[0].sequence, "model_error", f"{type(error).__name__}: {error}")]
+
+    def _limit(self, tokens: int) -> None:
+        """From now on at most `tokens` a step (and sequences at a time); the youngest go back to the queue."""
+        scheduler = self.scheduler
+        scheduler.max_batch_tokens = min(tokens, self.config.max_batch_tokens)
+        scheduler.max_seqs = min(tokens, self.config.max_seqs)
+        while len(scheduler.running) > scheduler.max_seqs:
+            scheduler.preempt(scheduler.running[-1])
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> Sequence:
+        sequence.error = (code, message)
+        self._release(sequence)
+        return sequence
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.images is not None:
+            sequence.images.clear()
+        self.scheduler.finish(sequence)
+
+    # -- memory and books
+
+    def _block_bytes(self) -> tuple[int, int]:
+        """Bytes of one block over all layers of its kind: full, chunked."""
+        size = self.config.block_size
+        return self.model.kv_bytes_per_block("full", size), self.model.kv_bytes_per_block("chunked", size)
+
+    def _split(self, at_least: BlockNeed) -> BlockNeed | None:
+        text, size, seqs = self.model.arch.text, self.config.block_size, self.config.max_seqs
+        longest = text.max_position_embeddings
+        most = BlockNeed(
+            max(min(seqs * -(-longest // size), MAX_POOL_BLOCKS), at_least.full),
+            max(min(seqs * -(-min(longest, text.attention_chunk_size) // size), MAX_POOL_BLOCKS), at_least.chunked),
+        )
+        return split_memory(self.config.kv_bytes, *self._block_bytes(), most, at_least)
+
+    def _rebalance(self, need: BlockNeed) -> bool:
+        """Divide the KV memory anew so that a longer request than any before fits; running ones are recomputed."""
+        longest = BlockNeed(max(need.full, self._longest.full), max(need.chunked, self._longest.chunked))
+        live = [*self.scheduler.running, *self.scheduler.waiting]
+        for held in (self.blocks.need(s.max_len) for s in live):
+            longest = BlockNeed(max(longest.full, held.full), max(longest.chunked, held.chunked))
+        split = self._split(longest)
+        if split is None:
+            return False
+        while self.scheduler.running:
+            self.scheduler.preempt(self.scheduler.running[-1])
+        self.runner.kv = None  # the old cache goes before the new one comes
+        self._longest = longest
+        self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)
+        self.scheduler.blocks = self.blocks
+        self.runner = Runner(self.model, self.blocks)
+        return True
+
+    def _count(self, plan: list[Piece], times: list[float]) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.computed_tokens += sum(piece.length for piece in plan)
+        stats.output_tokens += sum(piece.wants_logits for piece in plan)
+        stats.preemptions = self.scheduler.num_preemptions
+        stats.peak_full_blocks = max(stats.peak_full_blocks, self.blocks.full.num_used)
+        stats.peak_chunked_blocks = max(stats.peak_chunked_blocks, self.blocks.chunked.num_used)
+        held = sum(piece.sequence.images.num_bytes for piece in plan if piece.sequence.images is not None)
+        stats.peak_image_bytes = max(stats.peak_image_bytes, held)
+        stats.build_s += times[1] - times[0]
+        stats.model_s += times[2] - times[1]
+        stats.sample_s += times[3] - times[2]
+        self._good_steps += 1
+        limit = self.scheduler.max_batch_tokens
+        if limit < self.config.max_batch_tokens and self._good_steps >= GOOD_STEPS_TO_GROW:
+            self._good_steps = 0
+            self._limit(2 * limit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says it with OutOfMemoryError on devices, with a plain RuntimeError on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

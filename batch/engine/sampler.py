@@ -1,0 +1,176 @@
+"""Drawing the next token of many sequences at once.
+
+A draw is argmax(logit / T + g) over the tokens that the filters keep, where g is Gumbel noise (so the argmax follows
+the softmax exactly). The noise is a hash of (seed, step, token id): a token does not depend on what else is in the
+batch, and float rounding elsewhere can change it only where two candidates tie.
+
+Filters run in the order of transformers' logits processors: temperature, top-k, top-p of what is left, min-p.
+Legend: N rows, V vocabulary, R non-greedy rows, K candidates per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from batch.requests import SamplingParams, TokenLogprob
+
+FIRST_CANDIDATES = 512  # enough for nearly every filtered draw; a row that needs more sorts its whole vocabulary
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would only overflow
+MAX_SCRATCH_ELEMENTS = 1 << 22  # float64 elements of one slice of rows: 32 MiB a temporary
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What became of one row: a token, or None when its logits are not finite."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None
+
+
+def derive_seed(seed: int, *counters: int) -> int:
+    """A 64-bit key from a seed and counters (step, choice …): splitmix64, one round per counter."""
+    key = seed & _MASK64
+    for counter in counters:
+        key = _splitmix((key + _GOLDEN * (counter + 1)) & _MASK64)
+    return key
+
+
+def sample(logits: torch.Tensor, params: list[SamplingParams], steps: list[int]) -> list[Draw]:
+    """One token per row of logits (float32 [N, V]); `steps[i]` counts row i's tokens drawn before."""
+    best, tokens = logits.max(dim=-1)  # [N]; NaN wins a max, so `best` shows every broken row
+    rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
+    if rows:
+        tokens = tokens.clone()
+        for unfiltered in (True, False):
+            group = [i for i in rows if _is_unfiltered(params[i]) == unfiltered]
+            if group:
+                index = torch.tensor(group, device=logits.device)
+                drawn = _draw_rows(logits, index, [params[i] for i in group], [steps[i] for i in group], unfiltered)
+                tokens[index] = drawn
+    ids, finite = tokens.tolist(), torch.isfinite(best).tolist()
+    logprobs = _logprobs(logits, params, ids)
+    return [Draw(ids[i], logprobs.get(i)) if finite[i] else Draw(None) for i in range(len(params))]
+
+
+def keep_mask(values: torch.Tensor, total: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Which candidates the filters keep, bool [R, K].
+
+    values: float64 [R, K], logit / T of candidates, best first; total: float64 [R], logsumexp over the vocabulary.
+    """
+    device, width = values.device, values.shape[1]
+    top_k = torch.tensor([p.top_k or width for p in params], device=device).clamp(max=width)  # [R]
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
+    kept = values >= values.gather(1, top_k[:, None] - 1)  # ties with the k-th stay, as in transformers
+    kept_sum = torch.logsumexp(values.masked_fill(~kept, -math.inf), dim=1)  # [R]
+    cut = torch.tensor([p.top_k > 0 for p in params], device=device)
+    norm = torch.where(cut, kept_sum, total)
+    probs = torch.exp(values - norm[:, None])
+    before = probs.cumsum(dim=1) - probs  # mass of the better candidates
+    # top_p 1 keeps all, whatever the rounding of the sum; the best candidate always stays.
+    kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept &= values >= values[:, :1] + torch.log(min_p)[:, None]  # p ≥ min_p · p_max
+    kept[:, 0] = True
+    return kept
+
+
+def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel(0, 1) noise, float64, from int64 keys [R, 1], token ids [R or 1, K]: splitmix64(key + id · golden)."""
+    x = keys + ids * _signed(_GOLDEN)  # int64 arithmetic wraps, which is what a hash wants
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
+    x = x ^ _shift_right(x, 31)
+    uniform = (_shift_right(x, 11).to(torch.float64) + 0.5) * 2.0**-53  # in (0, 1)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _is_unfiltered(p: SamplingParams) -> bool:
+    return p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0
+
+
+def _draw_rows(
+    logits: torch.Tensor, index: torch.Tensor, params: list[SamplingParams], steps: list[int], unfiltered: bool
+) -> torch.Tensor:
+    """Tokens int64 [R] of the non-greedy rows `index`, in slices that bound the scratch memory."""
+    keys = torch.tensor(
+        [_signed(derive_seed(p.seed, step)) for p, step in zip(params, steps, strict=True)], device=logits.device
+    )
+    slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
+    drawn = []
+    for start in range(0, len(params), slice_rows):
+        part = slice(start, start + slice_rows)
+        temperature = torch.tensor([p.temperature for p in params[part]], dtype=torch.float64, device=logits.device)
+        scaled = logits[index[part]].to(torch.float64) / temperature[:, None]  # [R, V]
+        if unfiltered:
+            ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
+            drawn.append((scaled + gumbel_noise(keys[part, None], ids)).argmax(dim=1))
+        else:
+            drawn.append(_draw_filtered(scaled, keys[part], params[part]))
+    return torch.cat(drawn)
+
+
+def _draw_filtered(scaled: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Tokens int64 [R] for scaled logits float64 [R, V]; looks at few candidates first, at all where that is short."""
+    vocab = scaled.shape[1]
+    total = torch.logsumexp(scaled, dim=1)
+    tokens = torch.zeros(len(params), dtype=torch.int64, device=scaled.device)
+    todo = list(range(len(params)))
+    for width in (min(FIRST_CANDIDATES, vocab), vocab):
+        index = torch.tensor(todo, device=scaled.device)
+        values, ids = scaled[index].topk(width, dim=1)  # [R, K], best first
+        rows = [params[i] for i in todo]
+        kept = keep_mask(values, total[index], rows)
+        noisy = (values + gumbel_noise(keys[index, None], ids)).masked_fill(~kept, -math.inf)
+        tokens[index] = ids.gather(1, noisy.argmax(dim=1, keepdim=True))[:, 0]
+        if width == vocab:
+            break
+        # The list was long enough where a filter already refuses its last candidate.
+        short = [kept_last or p.top_k >= width for kept_last, p in zip(kept[:, -1].tolist(), rows, strict=True)]
+        todo = [i for i, again in zip(todo, short, strict=True) if again]
+        if not todo:
+            break
+    return tokens
+
+
+def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: list[int]) -> dict[int, TokenLogprob]:
+    """Natural-log probabilities before temperature and filters, for the rows that ask."""
+    rows = [i for i, p in enumerate(params) if p.logprobs is not None]
+    if not rows:
+        return {}
+    index = torch.tensor(rows, device=logits.device)
+    chosen_ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
+    asked = logits[index]  # [R, V]
+    total = torch.logsumexp(asked, dim=1, keepdim=True)
+    chosen = (asked.gather(1, chosen_ids[:, None]) - total)[:, 0].tolist()
+    width = min(max(params[i].logprobs or 0 for i in rows), logits.shape[1])
+    values, ids = asked.topk(width, dim=1)
+    best, best_ids = (values - total).tolist(), ids.tolist()
+    found = {}
+    for at, i in enumerate(rows):
+        top = tuple(zip(best_ids[at], best[at], strict=True))[: params[i].logprobs or 0]
+        found[i] = TokenLogprob(tokens[i], chosen[at], top)
+    return found
+
+
+def _splitmix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK64
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """The same 64 bits as a signed number, which is what torch.int64 takes."""
+    x &= _MASK64
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

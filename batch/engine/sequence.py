@@ -1,0 +1,80 @@
+"""One completion on its way: its tokens, how far its KV is computed, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from batch.engine.blocks import SequenceBlocks
+from batch.requests import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from batch.engine.image_features import SequenceImages
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` is prompt then output; the KV of tokens[:num_computed] is in the cache.
+
+    `handle` is the owner's, never looked at by the engine. `finish_reason` ('stop' or 'length') or `error`
+    (code, message) is set when it is over. A preempted sequence keeps its tokens and starts again at
+    num_computed = 0, so prompt and output are prefilled anew.
+    """
+
+    handle: object
+    tokens: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    max_len: int  # prompt + most output tokens
+    stop_ids: frozenset[int]
+    images: SequenceImages | None = None
+    num_computed: int = 0
+    held: SequenceBlocks = field(default_factory=SequenceBlocks)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: tuple[str, str] | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens known but not computed; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def is_over(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Take a drawn token; sets finish_reason when it was the last one."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_len:
+            self.finish_reason = "length"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one sequence does in one step: computes tokens[start:end], all within one attention chunk."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def wants_logits(self) -> bool:
+        """The piece reaches the last known token, so the next one can be drawn."""
+        return self.end == len(self.sequence.tokens)

@@ -1,0 +1,158 @@
+"""Scheduling policy on real block pools, without a model: a "step" books what was planned and appends a token."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch.engine.blocks import BlockManager
+from batch.engine.scheduler import Scheduler
+from batch.engine.sequence import Sequence
+from batch.requests import SamplingParams
+
+BLOCK, CHUNK = 8, 32
+
+
+def make_sequence(name, prompt_len, max_tokens):
+    sampling = SamplingParams(max_tokens=max_tokens)
+    tokens = [1] * prompt_len
+    return Sequence(name, tokens, prompt_len, sampling, prompt_len + max_tokens, stop_ids=frozenset())
+
+
+def make_scheduler(full=64, chunked=64, max_seqs=8, max_batch_tokens=40):
+    return Scheduler(BlockManager(full, chunked, BLOCK, CHUNK), max_seqs, max_batch_tokens)
+
+
+def book(scheduler, plan):
+    """What the engine does after a step."""
+    for piece in plan:
+        assert piece.start == piece.sequence.num_computed
+        piece.sequence.num_computed = piece.end
+        if piece.wants_logits:
+            piece.sequence.append(2, None)
+        if piece.sequence.is_over:
+            scheduler.finish(piece.sequence)
+
+
+def check_plan(scheduler, plan):
+    """The promises that the model relies on."""
+    assert 0 < sum(piece.length for piece in plan) <= scheduler.max_batch_tokens
+    assert len({id(piece.sequence) for piece in plan}) == len(plan)
+    assert len(scheduler.running) <= scheduler.max_seqs
+    for piece in plan:
+        assert piece.sequence in scheduler.running
+        assert piece.length > 0 and piece.start // CHUNK == (piece.end - 1) // CHUNK
+        held = piece.sequence.held
+        assert held.chunk_start == piece.start // CHUNK * CHUNK
+        assert held.full.length == -(-piece.end // BLOCK)
+        assert held.chunked.length == -(-(piece.end - held.chunk_start) // BLOCK) <= CHUNK // BLOCK
+
+
+def check_blocks(scheduler):
+    """Every block is free or in exactly one table; waiting sequences hold none."""
+    for kind in ("full", "chunked"):
+        pool = getattr(scheduler.blocks, kind)
+        held = [b for s in scheduler.running for b in getattr(s.held, kind).ids.tolist()]
+        assert len(held) == len(set(held)) == pool.num_used
+        assert sorted(held + pool._free) == list(range(pool.num_blocks))
+        assert all(getattr(s.held, kind).length == 0 for s in scheduler.waiting)
+
+
+def test_decodes_come_first_and_the_rest_of_the_budget_is_prefill():
+    scheduler = make_scheduler(max_batch_tokens=20)
+    short, long = make_sequence("short", 4, 5), make_sequence("long", 50, 5)
+    scheduler.add(short)
+    scheduler.add(long)
+    first = scheduler.schedule()
+    assert [(p.sequence.handle, p.start, p.end) for p in first] == [("short", 0, 4), ("long", 0, 16)]
+    book(scheduler, first)
+    second = scheduler.schedule()
+    # One decode token, then the prompt up to the chunk's end at 32.
+    assert [(p.sequence.handle, p.start, p.end) for p in second] == [("short", 4, 5), ("long", 16, 32)]
+    book(scheduler, second)
+    assert [(p.start, p.end) for p in scheduler.schedule()] == [(5, 6), (32, 50)]
+
+
+def test_the_oldest_takes_blocks_from_the_youngest_which_starts_again_with_its_output():
+    scheduler = make_scheduler(full=4, chunked=4)
+    sequences = [make_sequence(i, 7, 20) for i in range(2)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    tokens_when_preempted = None
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.schedule()
+        check_plan(scheduler, plan)
+        check_blocks(scheduler)
+        if scheduler.num_preemptions and tokens_when_preempted is None:
+            assert list(scheduler.waiting) == [sequences[1]] and sequences[1].num_computed == 0
+            tokens_when_preempted = len(sequences[1].tokens)
+        book(scheduler, plan)
+    assert tokens_when_preempted > 7
+    assert [s.num_generated for s in sequences] == [20, 20]
+    assert scheduler.num_preemptions == 1
+
+
+def test_admission_leaves_room_for_prompts_already_running():
+    scheduler = make_scheduler(full=10, chunked=10, max_batch_tokens=8)
+    for i in range(3):
+        scheduler.add(make_sequence(i, 32, 2))
+    # A prompt of 4 blocks and a spare one each: two of them fill 10 blocks, however small the first pieces are.
+    running = []
+    for _ in range(9):
+        book(scheduler, scheduler.schedule())
+        running.append([s.handle for s in scheduler.running])
+    assert running == [[0]] * 4 + [[1]] * 4 + [[1, 2]] and scheduler.num_preemptions == 0
+
+
+@st.composite
+def workloads(draw):
+    max_seqs = draw(st.integers(1, 6))
+    full, chunked = draw(st.integers(1, 24)), draw(st.integers(1, 12))
+    scheduler = make_scheduler(full, chunked, max_seqs, draw(st.integers(max_seqs, 64)))
+    longest = min(full * BLOCK, 10**9 if chunked * BLOCK >= CHUNK else chunked * BLOCK)
+    sequences = []
+    for name in range(draw(st.integers(1, 12))):
+        total = draw(st.integers(2, max(2, longest)))
+        prompt = draw(st.integers(1, total - 1))
+        sequences.append(make_sequence(name, prompt, total - prompt))
+    arrivals = draw(st.lists(st.integers(0, 30), min_size=len(sequences), max_size=len(sequences)))
+    return scheduler, sorted(zip(arrivals, sequences, strict=True), key=lambda pair: pair[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(workloads())
+def test_every_workload_finishes_and_blocks_are_conserved(workload):
+    scheduler, arrivals = workload
+    total = sum(s.max_len for _, s in arrivals)
+    arrived, step = [], 0
+    while arrivals or scheduler.running or scheduler.waiting:
+        while arrivals and (arrivals[0][0] <= step or not (scheduler.running or scheduler.waiting)):
+            arrived.append(arrivals.pop(0)[1])
+            scheduler.add(arrived[-1])
+        oldest = next(s for s in arrived if not s.is_over)
+        before = len(oldest.tokens), oldest.num_computed
+        plan = scheduler.schedule()
+        check_plan(scheduler, plan)
+        check_blocks(scheduler)
+        book(scheduler, plan)
+        # The oldest unfinished one moves on in every step: that is why nothing can hang.
+        assert (len(oldest.tokens), oldest.num_computed) > before
+        step += 1
+        assert step <= 4 * total * 12
+    assert all(s.finish_reason == "length" and len(s.tokens) == s.max_len for s in arrived)
+    assert scheduler.blocks.full.num_used == scheduler.blocks.chunked.num_used == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(workloads(), st.randoms())
+def test_sequences_may_be_ended_or_preempted_from_outside_at_any_time(workload, random):
+    scheduler, arrivals = workload
+    for _, sequence in arrivals:
+        scheduler.add(sequence)
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.schedule()
+        book(scheduler, plan)
+        if scheduler.running and random.random() < 0.2:
+            scheduler.preempt(scheduler.running[-1])
+        live = [*scheduler.running, *scheduler.waiting]
+        if live and random.random() < 0.2:
+            scheduler.finish(random.choice(live))
+        check_blocks(scheduler)

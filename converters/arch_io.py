@@ -15,6 +15,7 @@ from l4tool.core.arch import Arch, RopeScaling, TextArch, VisionArch
 from l4tool.core.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LAYERS, MAX_EXPERTS = 512, 1024  # beyond any Llama 4; a larger name table would only eat memory
 MULTIMODAL, TEXT_ONLY = "llama4", "llama4_text"
 SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -79,7 +80,7 @@ def _dtype(top: Fields, text: Fields) -> str:
 
 def _text_arch(f: Fields, top: Fields, generation: Mapping[str, Any] | None) -> TextArch:
     _refuse_unsupported(f)
-    num_layers = f.integer("num_hidden_layers", 48, high=10_000)
+    num_layers = f.integer("num_hidden_layers", 48, high=MAX_LAYERS)
     num_heads = f.integer("num_attention_heads", 40)
     num_kv_heads = f.integer("num_key_value_heads", 8 if "num_key_value_heads" not in f.values else num_heads)
     if num_heads % num_kv_heads:
@@ -102,7 +103,7 @@ def _text_arch(f: Fields, top: Fields, generation: Mapping[str, Any] | None) -> 
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        num_experts=f.integer("num_local_experts", 16, high=100_000),
+        num_experts=f.integer("num_local_experts", 16, high=MAX_EXPERTS),
         experts_per_token=f.integer("num_experts_per_tok", 1),
         moe_layers=_moe_layers(f, num_layers),
         rope_layers=_rope_layers(f, num_layers),
@@ -213,7 +214,7 @@ def _vision_arch(f: Fields) -> VisionArch:
     arch = VisionArch(
         hidden_size=f.integer("hidden_size", 768),
         intermediate_size=f.integer("intermediate_size", 5632),
-        num_layers=f.integer("num_hidden_layers", 34, high=10_000),
+        num_layers=f.integer("num_hidden_layers", 34, high=MAX_LAYERS),
         num_heads=f.integer("num_attention_heads", 16),
         num_channels=f.integer("num_channels", 3, high=3),
         image_size=_side(f, "image_size", 448),

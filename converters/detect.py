@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from converters.compressed import open_compressed
 from converters.folder import CheckpointFolder
-from converters.hf import HFReader
-from converters.names import PER_EXPERT, canonical_rows, hf_rows
+from converters.names import MULTIMODAL_HF, PER_EXPERT, TEXT_HF, canonical_rows, hf_rows
 from converters.reader import Reader
+from converters.table_reader import TableReader
 from l4tool.core.errors import CheckpointError
+
+PER_EXPERT_NAME = re.compile(r"\.experts\.\d+\.")
 
 
 def open_checkpoint(path: str | Path) -> Reader:
@@ -23,15 +27,14 @@ def open_checkpoint(path: str | Path) -> Reader:
             hint="load it with optimum.quanto.requantize, or quantize the original again with --int4 or --fp8",
         )
     folder = CheckpointFolder(path)
+    fused = _is_fused(folder)
+    rows = hf_rows(folder.arch) if fused else canonical_rows(folder.arch)
     if folder.quantization is not None:
-        from converters.compressed import CompressedReader
-
-        return CompressedReader(folder)
-    if _is_fused(folder):
-        return HFReader(folder, hf_rows(folder.arch))
-    return HFReader(folder, canonical_rows(folder.arch), layout=PER_EXPERT)
+        return open_compressed(folder, rows)
+    layout = PER_EXPERT if not fused else MULTIMODAL_HF if folder.arch.vision is not None else TEXT_HF
+    return TableReader(folder, rows, layout)
 
 
 def _is_fused(folder: CheckpointFolder) -> bool:
     """Fused unless per-expert names are there; without MoE layers both tables are the same."""
-    return not any(".experts." in name and name.endswith(".weight") for name in folder.stored)
+    return not any(PER_EXPERT_NAME.search(name) for name in folder.stored)

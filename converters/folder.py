@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +90,35 @@ class CheckpointFolder:
                 f"{file.path} holds {len(extra)} tensor(s) that {index.name} does not name: {shorten(extra)}"
             )
 
-    def check(self, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], optional: Iterable[str] = ()) -> None:
-        """Compare what is stored with what must be: names, shapes and dtypes. Raises one CheckpointError."""
-        missing = [name for name in expected if name not in self.stored and name not in set(optional)]
+    def check(
+        self, expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]], optional: set[str]
+    ) -> None:
+        """Compare what is stored with what must be: names, shapes and allowed dtypes. Raises one CheckpointError."""
+        missing = [name for name in expected if name not in self.stored and name not in optional]
+        unknown = [name for name in self.stored if name not in expected]
+        if unknown:
+            file = self.stored[unknown[0]].file
+            raise CheckpointError(
+                f"{file}: {len(unknown)} tensor(s) that config.json's architecture does not have: {shorten(unknown)}",
+                hint=f"it also lacks {len(missing)}: {shorten(missing)}" if missing else None,
+            )
         if missing:
             raise CheckpointError(
                 f"{self.path} lacks {len(missing)} tensor(s) of this architecture: {shorten(missing)}",
                 hint="the download is incomplete, or config.json belongs to another checkpoint",
             )
         for name, tensor in self.stored.items():
-            if name not in expected:
-                raise CheckpointError(f"{tensor.file}: unknown tensor {name!r}: Llama 4 with this config.json has none")
-            shape, dtype = expected[name]
+            shape, dtypes = expected[name]
             if tensor.shape != shape:
+                found, wanted = list(tensor.shape), list(shape)
                 raise CheckpointError(
-                    f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+                    f"{tensor.file}: tensor {name!r} has shape {found}, config.json asks for {wanted}"
                 )
-            if tensor.dtype != dtype:
-                stored, wanted = DTYPE_NAMES[tensor.dtype], DTYPE_NAMES[dtype]
-                raise CheckpointError(f"{tensor.file}: tensor {name!r} is {stored}, config.json asks for {wanted}")
+            if tensor.dtype not in dtypes:
+                allowed = " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, config.json asks for {allowed}"
+                )
 
     def view(self, stored_name: str) -> torch.Tensor:
         """A whole stored tensor, zero-copy."""

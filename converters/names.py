@@ -14,7 +14,7 @@ from l4tool.core.arch import Arch, TextArch, VisionArch
 TEXT_PREFIX = "language_model."
 LM_HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
-MULTIMODAL_HF, TEXT_HF, PER_EXPERT = "hf", "hf-text", "per-expert"
+MULTIMODAL_HF, TEXT_HF, PER_EXPERT, COMPRESSED = "hf", "hf-text", "per-expert", "compressed-tensors"
 
 
 @dataclass(frozen=True)

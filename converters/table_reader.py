@@ -1,48 +1,62 @@
-"""The unquantized Hugging Face layouts: fused experts, multimodal or text-only, and per-expert."""
+"""The reader of every layout: a checkpoint folder seen through a table of rows."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.folder import CheckpointFolder
-from converters.names import EMBEDDING, LM_HEAD, MULTIMODAL_HF, TEXT_HF, Part, Row
+from converters.names import EMBEDDING, LM_HEAD, Part, Row
 from converters.quant_config import LinearFormat
 from converters.reader import TensorInfo
 from converters.transforms import part_view
 from l4tool.core.arch import Arch
 
 
-class HFReader:
-    """Reads a folder through a name table (`rows`). See `converters.reader.Reader` for the contract."""
+class TableReader:
+    """Reads a folder through `rows`. See `converters.reader.Reader` for the contract; safe for several threads.
 
-    def __init__(self, folder: CheckpointFolder, rows: list[Row], layout: str | None = None) -> None:
+    `dtypes`: stored name → the dtypes it may have, where that is not the config's dtype. `formats`: canonical Linear
+    name (without `.weight`) → how it is stored, for the quantized ones.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        rows: list[Row],
+        layout: str,
+        dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
+        formats: Mapping[str, LinearFormat] | None = None,
+    ) -> None:
         self.folder = folder
         self.path: Path = folder.path
         self.arch: Arch = folder.arch
-        self.layout = layout or (TEXT_HF if folder.arch.vision is None else MULTIMODAL_HF)
+        self.layout = layout
         self.quantization: dict[str, Any] | None = folder.quantization
         self.config: dict[str, Any] = folder.config
         self.dtype: torch.dtype = getattr(torch, folder.arch.dtype)
-        folder.check({row.stored: (row.shape, self.dtype) for row in rows}, [r.stored for r in rows if not r.required])
+        self._formats = dict(formats or {})
+        plain, dtypes = (self.dtype,), dtypes or {}
+        expected = {row.stored: (row.shape, dtypes.get(row.stored, plain)) for row in rows}
+        folder.check(expected, {row.stored for row in rows if not row.required})
         self._where: dict[str, tuple[str, Part]] = {part.name: (row.stored, part) for row in rows for part in row.parts}
         self._infos = {name: self._info(stored, part) for name, (stored, part) in self._where.items()}
 
-    def _info(self, stored: str, part: Part) -> TensorInfo:
-        count = 1
-        for size in part.shape:
-            count *= size
-        nbytes = count * self.dtype.itemsize
-        return TensorInfo(part.name, part.shape, self.dtype, nbytes, self.folder.stored[stored].file)
+    def _info(self, stored_name: str, part: Part) -> TensorInfo:
+        stored = self.folder.stored[stored_name]
+        nbytes = math.prod(part.shape) * stored.dtype.itemsize
+        return TensorInfo(part.name, part.shape, stored.dtype, nbytes, stored.file)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every canonical tensor; a tied lm_head is not listed (`read` still gives the embedding for it)."""
         return self._infos
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A zero-copy view [out, in] (or any rank for norms and embeddings); fused experts give a strided one."""
+        """A zero-copy view, [out, in] for every Linear; a fused expert gives a strided one. KeyError if unknown."""
         stored, part = self._find(name)
         return part_view(self.folder.view(stored), part, rows)
 
@@ -58,8 +72,8 @@ class HFReader:
         self.folder.files[tensor.file].release(start, stop)
 
     def linear_format(self, prefix: str) -> LinearFormat | None:
-        """Nothing is quantized in this layout."""
-        return None
+        """How the Linear `prefix` (canonical, without `.weight`) is stored; None where it is not quantized."""
+        return self._formats.get(prefix)
 
     def side_files(self) -> list[Path]:
         """Files to copy beside derived weights: tokenizer, chat template, processor and generation config, licence."""

@@ -1,0 +1,126 @@
+"""What the kernels share: compiled-code cache, bit casts, bfloat16 rounding, and the tile loader.
+
+Dimension legend: R = LANES rows of the weight side by side, G columns of one tile (a multiple of UNROLL).
+A tile is float32 [G, R]: SIMD lanes run over rows, so sums over columns are sequential and do not depend on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 64  # two rows of storage per cache-line pair; a tile of 128 columns fills 32 KiB
+UNROLL = 8  # columns handled per inner step, so that sums stay in registers
+ROUND_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest integer, ties to even
+ABS_MASK = np.int32(0x7FFFFFFF)
+INF_BITS = np.int32(0x7F800000)
+TINY_SCALE = np.float32(2.0**-120)  # below it 1/scale overflows float32
+ZERO_GROUP_SCALE = np.float32(2.0**-7)  # bfloat16 eps: what compressed-tensors stores where the scale would be 0
+
+
+def _cache_dir() -> str | None:
+    """A private, writable folder for compiled kernels that changes with their source; None where there is none."""
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "l4tool" / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except (OSError, RuntimeError):
+        return None
+
+
+_CACHE_DIR = _cache_dir()
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile without the GIL and with C division, cached on disk where a folder for that can be written."""
+    options = {"nogil": True, "error_model": "numpy"}
+    if _CACHE_DIR is None:
+        return numba.njit(**options)(function)
+    saved = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _CACHE_DIR  # read by the decorator only, so other users of numba keep theirs
+    try:
+        return numba.njit(cache=True, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = saved
+
+
+@intrinsic
+def float_bits(typingctx: Any, x: Any) -> Any:
+    """float32 → its bits as int32."""
+    return types.int32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def bits_float(typingctx: Any, x: Any) -> Any:
+    """int32 bits → float32."""
+    return types.float32(types.int32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def to_float(typingctx: Any, x: Any) -> Any:
+    """A stored element → float32, exactly. uint16 holds bfloat16 bits, int16 float16 bits, float32 itself."""
+
+    def from_bf16(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    def from_f16(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    codegen = {types.uint16: from_bf16, types.int16: from_f16, types.float32: lambda ctx, builder, sig, args: args[0]}
+    return types.float32(x), codegen[x]
+
+
+@jit
+def round_bf16(x):  # type: ignore[no-untyped-def]
+    """float32 → the nearest bfloat16 (ties to even), as float32. Not for NaN."""
+    bits = float_bits(x)
+    bits = np.int32(bits + np.int32(0x7FFF) + (np.int32(bits >> 16) & np.int32(1)))
+    return bits_float(np.int32(bits & np.int32(-65536)))
+
+
+@jit
+def load_tile(src, ld, transposed, row0, n_rows, col0, tile, stage):  # type: ignore[no-untyped-def]
+    """Copy weight[row0 : row0 + n_rows, col0 : col0 + G] to tile[G, R] as float32; missing rows become 0.
+
+    `src` is the flat storage and `ld` the distance of two rows (of two columns where `transposed`); `stage` is
+    float32 scratch [R, G]. Returns the bits of the largest absolute value: INF_BITS or more means Inf or NaN.
+    """
+    n_cols, lanes = tile.shape
+    if n_rows < lanes:
+        tile[:] = np.float32(0)
+    if transposed:
+        for k in range(n_cols):
+            start = (col0 + k) * ld + row0
+            line, out = src[start : start + n_rows], tile[k]
+            for r in range(n_rows):
+                out[r] = to_float(line[r])
+    else:
+        for r in range(n_rows):
+            start = (row0 + r) * ld + col0
+            line, out = src[start : start + n_cols], stage[r]
+            for k in range(n_cols):
+                out[k] = to_float(line[k])
+        for k in range(n_cols):
+            out = tile[k]
+            for r in range(n_rows):
+                out[r] = stage[r, k]
+    largest = np.int32(0)
+    for k in range(n_cols):
+        out = tile[k]
+        for r in range(lanes):
+            largest = max(largest, np.int32(float_bits(out[r]) & ABS_MASK))
+    return largest

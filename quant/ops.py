@@ -1,0 +1,112 @@
+"""One call per format: the fused kernel for a weight on the CPU, the torch specification for any other device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from l4tool.core.errors import CheckpointError
+from quant import reference
+
+
+@dataclass(frozen=True)
+class Int4:
+    """packed int32 [out, in/8], scale bf16 [out, in/g]; error, square float64 [out]: squared error, squared weight."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    error: torch.Tensor
+    square: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """weight e4m3fn [out, in], scale bf16 [out, 1]; error, square float64 [out] as in Int4."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    error: torch.Tensor
+    square: torch.Tensor
+
+
+def int4(weight: torch.Tensor, group_size: int, scale_method: str, name: str = "weight", row0: int = 0) -> Int4:
+    """Quantize rows of a weight [out, in], stored by rows or (a fused expert) by columns. `scale_method`: absmax, mse.
+
+    NaN or Inf raises CheckpointError naming `name` and the element; `row0` is the first row's place in that tensor.
+    """
+    rows, cols = weight.shape
+    if group_size % 8 or cols % group_size:
+        raise ValueError(f"{cols} columns do not divide into groups of {group_size}")
+    if weight.device.type != "cpu":
+        _require_finite(weight, name, row0)
+        q, scale = reference.int4_quantize(weight, group_size, scale_method)
+        error, square = reference.squared_error(weight, reference.int4_dequantize(q, scale), group_size)
+        return Int4(reference.int4_pack(q).cpu(), scale.cpu(), error.cpu(), square.cpu())
+    from quant.kernels.int4 import int4_rows
+
+    packed = torch.empty(rows, cols // 8, dtype=torch.int32)
+    scale = torch.empty(rows, cols // group_size, dtype=torch.bfloat16)
+    error, square = np.empty(rows), np.empty(rows)
+    source, stride, transposed = _flat(weight)
+    bf16 = weight.dtype == torch.bfloat16
+    bad = int4_rows(
+        source, stride, transposed, scale_method == "mse", bf16, packed.numpy(), _bits(scale), error, square
+    )
+    if bad >= 0:
+        _require_finite(weight, name, row0)
+    return Int4(packed, scale, torch.from_numpy(error), torch.from_numpy(square))
+
+
+def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
+    """Quantize rows of a weight [out, in] to e4m3fn with one scale per row. Arguments and errors as `int4`."""
+    rows, cols = weight.shape
+    if weight.device.type != "cpu":
+        _require_finite(weight, name, row0)
+        q, scale = reference.fp8_quantize(weight)
+        error, square = reference.squared_error(weight, reference.fp8_dequantize(q, scale), reference.FP8_BLOCK)
+        return Fp8(q.cpu(), scale.cpu(), error.cpu(), square.cpu())
+    from quant.kernels.fp8 import fp8_rows
+
+    out = torch.empty(rows, cols, dtype=torch.uint8)
+    scale = torch.empty(rows, 1, dtype=torch.bfloat16)
+    error, square = np.empty(rows), np.empty(rows)
+    source, stride, transposed = _flat(weight)
+    bf16 = weight.dtype == torch.bfloat16
+    bad = fp8_rows(source, stride, transposed, bf16, out.numpy(), _bits(scale)[:, 0], error, square)
+    if bad >= 0:
+        _require_finite(weight, name, row0)
+    return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(error), torch.from_numpy(square))
+
+
+def _bits(scale: torch.Tensor) -> np.ndarray:
+    return scale.view(torch.int16).numpy().view(np.uint16)
+
+
+def _flat(weight: torch.Tensor) -> tuple[np.ndarray, int, bool]:
+    """Zero-copy (flat storage, stride, transposed) of a 2-D weight, in the element types that the kernels tell apart."""
+    (rows, cols), (row_stride, col_stride) = weight.shape, weight.stride()
+    transposed = row_stride == 1 and col_stride != 1
+    if not transposed and col_stride != 1:
+        weight, row_stride = weight.contiguous(), cols
+    stride = col_stride if transposed else row_stride
+    lines, length = (cols, rows) if transposed else (rows, cols)
+    flat = weight.as_strided(((lines - 1) * stride + length,), (1,))
+    if weight.dtype == torch.float32:
+        return flat.numpy(), stride, transposed
+    bits = flat.view(torch.int16).numpy()
+    return (bits.view(np.uint16) if weight.dtype == torch.bfloat16 else bits), stride, transposed
+
+
+def _require_finite(weight: torch.Tensor, name: str, row0: int) -> None:
+    """Raise CheckpointError at the first NaN or Inf, in row order."""
+    for start in range(0, len(weight), 1024):
+        bad = (~weight[start : start + 1024].isfinite()).nonzero()
+        if len(bad):
+            row, col = bad[0].tolist()
+            value = weight[start + row, col].item()
+            raise CheckpointError(
+                f"tensor {name}[{row0 + start + row}, {col}] is {value}",
+                hint="the checkpoint is damaged; fetch or convert it again",
+            )

@@ -14,10 +14,11 @@ import torch
 
 from batch.engine.blocks import BlockManager, BlockNeed, split_memory
 from batch.engine.image_features import ImageMismatch, SequenceImages
-from batch.engine.runner import ImageEncodingError, Runner, StepModel
+from batch.engine.runner import ImageEncodingError, Runner
 from batch.engine.sampler import Draw, sample
 from batch.engine.scheduler import Scheduler
 from batch.engine.sequence import Piece, Sequence
+from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams
 from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
@@ -60,7 +61,7 @@ class Engine:
     Raises DeviceError when `kv_bytes` does not hold a single block of each kind.
     """
 
-    def __init__(self, model: StepModel, config: EngineConfig, eos_token_ids: Iterable[int] | None = None) -> None:
+    def __init__(self, model: Model, config: EngineConfig, eos_token_ids: Iterable[int] | None = None) -> None:
         self.model = model
         self.config = config
         text = model.arch.text

@@ -5,31 +5,14 @@ Legend as in batch/model/inputs.py: T tokens, S sequences, P image rows, N rows 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
 from batch.engine.sequence import Piece, Sequence
 from batch.model.inputs import PagedKind, StepInput
-from batch.requests import ImageTiles
-from l4tool.core.arch import Arch
-
-
-class StepModel(Protocol):
-    """What the engine needs of a model."""
-
-    arch: Arch
-    device: torch.device
-
-    def kv_bytes_per_block(self, kind: str, block_size: int) -> int: ...
-
-    def allocate_kv(self, num_full_blocks: int, num_chunked_blocks: int, block_size: int) -> Any: ...
-
-    def forward(self, step: StepInput, kv: Any) -> torch.Tensor: ...
-
-    def encode_images(self, images: list[ImageTiles]) -> list[torch.Tensor]: ...
+from batch.model.kv import KVCache
+from batch.model.model import Model
 
 
 class ImageEncodingError(Exception):
@@ -44,15 +27,17 @@ class ImageEncodingError(Exception):
 class Runner:
     """Runs steps of one model on one KV cache."""
 
-    def __init__(self, model: StepModel, blocks: BlockManager) -> None:
+    def __init__(self, model: Model, blocks: BlockManager) -> None:
         self.model = model
         self.blocks = blocks
-        self.kv: Any = model.allocate_kv(blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size)
+        self.kv: KVCache | None = model.allocate_kv(
+            blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
+        )
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits float32 [N, V] of the pieces that want them."""
-        with torch.inference_mode():
-            return self.model.forward(step, self.kv)
+        assert self.kv is not None, "the engine is closed"
+        return self.model.forward(step, self.kv)
 
     def build(self, plan: list[Piece]) -> StepInput:
         """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
@@ -109,8 +94,7 @@ class Runner:
                 continue
             end = min(piece.end, piece.sequence.prompt_len)
             try:
-                with torch.inference_mode():
-                    found, pieces = images.slice(piece.start, end, self.model.encode_images)
+                found, pieces = images.slice(piece.start, end, self.model.encode_images)
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)

@@ -1,0 +1,210 @@
+"""The built-in backend: one engine in this process. Requests in, texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from batch.backends.base import RequestSource
+from batch.backends.memory import default_kv_bytes
+from batch.backends.stop_strings import Decode, StopWatcher
+from batch.engine.engine import Engine, EngineConfig, EngineStats
+from batch.engine.sampler import derive_seed
+from batch.engine.sequence import Sequence
+from batch.model.model import Model, load_model
+from batch.requests import Choice, GenerationResult, PreparedRequest
+from converters.detect import open_checkpoint
+from l4tool.core.arch import TextArch
+from l4tool.core.errors import UsageError
+
+DEFAULT_MAX_BATCH_TOKENS = 2048
+DEFAULT_MAX_SEQS = 256
+LARGEST_BLOCK = 32
+
+
+class Detokenizer(Protocol):
+    """What the backend needs of a tokenizer."""
+
+    def decode(self, ids: list[int], skip_special: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class EmbeddedOptions:
+    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens."""
+
+    device: str = "cpu"
+    dtype: str | None = None
+    max_batch_tokens: int | None = None
+    kv_memory_bytes: int | None = None
+    max_seqs: int | None = None
+    block_size: int | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request while it runs: its sequences by choice index, and their results."""
+
+    request: PreparedRequest
+    sequences: list[Sequence] = field(default_factory=list)
+    watchers: list[StopWatcher] = field(default_factory=list)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    is_over: bool = False
+
+
+class EmbeddedBackend:
+    """Loads a checkpoint (or takes a loaded model) and runs requests on it; `run` may be called again and again.
+
+    `eos_token_ids` replaces the checkpoint's own; () makes every completion run to max_tokens.
+    Raises UsageError, DeviceError, CheckpointError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        tokenizer: Detokenizer,
+        options: EmbeddedOptions | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        options = options or EmbeddedOptions()
+        self.tokenizer = tokenizer
+        loaded = (
+            model if isinstance(model, Model) else load_model(open_checkpoint(model), options.device, options.dtype)
+        )
+        self.engine = Engine(loaded, engine_config(loaded, options), eos_token_ids)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats
+
+    def run(self, source: RequestSource) -> Iterator[GenerationResult]:
+        """Results in the order in which they finish; one per request, whatever happens to it."""
+        jobs: dict[int, _Job] = {}  # by id(): keys are the caller's and may repeat
+        try:
+            while True:
+                yield from self._feed(source, jobs)
+                if not self.engine.has_work:
+                    return
+                for sequence in self.engine.step():
+                    yield from self._look_at(sequence, jobs)
+        finally:
+            for job in jobs.values():
+                self._abandon(job)
+
+    def close(self) -> None:
+        """Free the weights and the KV cache."""
+        self.engine.close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
+        """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
+        while self.engine.wants_more:
+            request = source.take(wait=not self.engine.has_work)
+            if request is None:
+                return
+            job = _Job(request)
+            jobs[id(job)] = job
+            yield from self._start(job, jobs)
+
+    def _start(self, job: _Job, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
+        request, sampling = job.request, job.request.sampling
+        for index in range(request.n):
+            seed = derive_seed(sampling.seed, index) if index else sampling.seed
+            sequence = self.engine.add((job, index), request.prompt, replace(sampling, seed=seed), request.images)
+            job.sequences.append(sequence)
+            if request.stop:
+                job.watchers.append(StopWatcher(self._decoder(request), request.stop))
+            if sequence.is_over:
+                yield from self._look_at(sequence, jobs)
+            if job.is_over:
+                return
+
+    def _look_at(self, sequence: Sequence, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
+        """A sequence got a token, ended or failed: yields its request's result if that is now complete."""
+        assert isinstance(sequence.handle, tuple)
+        job, index = sequence.handle
+        if job.is_over:
+            return
+        if sequence.error is not None:
+            self._abandon(job)
+            del jobs[id(job)]
+            code, message = sequence.error
+            yield GenerationResult(job.request.key, [], len(job.request.prompt), code, message)
+            return
+        stopped_text = self._stop_at(job, index, sequence)
+        if not sequence.is_over:
+            return
+        job.choices[index] = self._choice(job.request, index, sequence, stopped_text)
+        if len(job.choices) == job.request.n:
+            job.is_over = True
+            del jobs[id(job)]
+            choices = [job.choices[i] for i in range(job.request.n)]
+            yield GenerationResult(job.request.key, choices, len(job.request.prompt))
+
+    def _stop_at(self, job: _Job, index: int, sequence: Sequence) -> str | None:
+        """The text before a stop string if the last token completed one (the sequence then ends), else None."""
+        if not job.watchers or not sequence.num_generated:
+            return None
+        if sequence.tokens[-1] in sequence.stop_ids:
+            return None
+        text = job.watchers[index].find(sequence.output)
+        if text is not None:
+            self.engine.finish(sequence, "stop")
+            sequence.finish_reason = "stop"  # also where max_tokens ended it at the same token
+        return text
+
+    def _choice(self, request: PreparedRequest, index: int, sequence: Sequence, text: str | None) -> Choice:
+        """`token_ids` are all tokens drawn, the one that ended it included; the text has neither a stop string nor,
+        unless special tokens are echoed, the stop token."""
+        output = sequence.output
+        if text is None:
+            ended = bool(output) and output[-1] in sequence.stop_ids and not request.echo_special
+            text = self._decoder(request)(output[:-1] if ended else output)
+        assert sequence.finish_reason is not None
+        logprobs = sequence.logprobs if request.sampling.logprobs is not None else None
+        return Choice(index, output, text, sequence.finish_reason, logprobs)
+
+    def _decoder(self, request: PreparedRequest) -> Decode:
+        return lambda ids: self.tokenizer.decode(ids, skip_special=not request.echo_special)
+
+    def _abandon(self, job: _Job) -> None:
+        """Take all that is left of a request out of the engine."""
+        job.is_over = True
+        for sequence in job.sequences:
+            if not sequence.is_over:
+                self.engine.finish(sequence, "stop")
+
+
+def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
+    """Options with their defaults filled in. Raises UsageError."""
+    text = model.arch.text
+    max_batch_tokens = options.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS
+    block_size = options.block_size or largest_block(text)
+    if text.attention_chunk_size % block_size:
+        raise UsageError(
+            f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",
+            hint=f"use a block size of {largest_block(text)}",
+        )
+    kv_bytes = options.kv_memory_bytes
+    if kv_bytes is None:
+        kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens))
+    max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
+    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size)
+
+
+def largest_block(text: TextArch) -> int:
+    """The largest power of two up to 32 that divides the attention chunk."""
+    size = LARGEST_BLOCK
+    while text.attention_chunk_size % size:
+        size //= 2
+    return size
+
+
+def step_bytes(text: TextArch, max_batch_tokens: int) -> int:
+    """A generous bound on one step's own tensors: a dozen activations a token in float32, three copies of logits."""
+    widest = max(text.hidden_size, text.intermediate_size, text.intermediate_size_mlp)
+    return max_batch_tokens * 4 * (12 * widest) + 3 * 4 * text.vocab_size * min(max_batch_tokens, DEFAULT_MAX_SEQS)

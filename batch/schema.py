@@ -1,0 +1,380 @@
+"""The request line, once for the whole project: the OpenAI batch form and the short form (docs/batch-format.md).
+
+`parse_line` turns a parsed JSON value into a `Line`; whatever does not fit raises `LineError` with a code and a
+message that names the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+MAX_MESSAGES = 10_000
+MAX_STOP = 16
+MAX_TOP_LOGPROBS = 20
+MAX_N = 128
+
+ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+
+# Accepted and without effect here: bookkeeping of OpenAI's service, nothing that changes the text.
+IGNORED_FIELDS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# Known fields that are not supported: their neutral values pass, anything else is an error. null always passes.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_UNSUPPORTED_IN_MESSAGES = ("audio", "function_call", "tool_calls")
+
+
+class LineError(Exception):
+    """One input line that cannot run. `code` is a short stable word for programs, `message` is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture by local path or data: URI, not read yet."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: text and pictures in order."""
+
+    role: str
+    parts: tuple[str | ImageRef, ...]
+    name: str | None = None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class SamplingFields(_Model):
+    """The fields of a line that steer sampling; None means: not given, the command's options decide."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A valid request line. A chat has `turns`; a completion has `prompt` (text or token ids) and no turns.
+
+    `logprobs`: None off, else how many alternatives per token. `parse_special`: completions only, special tokens
+    spelled in the prompt become those tokens.
+    """
+
+    form: Literal["openai", "short"]
+    endpoint: Literal["chat", "completion"]
+    id: str | int | None
+    model: str | None
+    turns: tuple[Turn, ...]
+    prompt: str | list[int] | None
+    parse_special: bool
+    sampling: SamplingFields
+    stop: tuple[str, ...]
+    logprobs: int | None
+
+    @property
+    def images(self) -> list[ImageRef]:
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, ImageRef)]
+
+
+class _TextPart(_Model):
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class _ImageUrl(_Model):
+    url: Annotated[str, Field(min_length=1)]
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class _ImageUrlPart(_Model):
+    type: Literal["image_url"]
+    image_url: _ImageUrl
+
+
+class _ImagePart(_Model):
+    type: Literal["image"]
+    image: Annotated[str, Field(min_length=1)]
+
+
+_PART_TAGS = {"text": "#text", "input_text": "#text", "image_url": "#url", "image": "#image"}
+
+
+def _part_tag(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return _PART_TAGS.get(kind) if isinstance(kind, str) else None
+
+
+def _is_text(value: Any) -> str:
+    return "#str" if isinstance(value, str) else "#list"
+
+
+# Tags begin with "#" so that error paths can leave them out.
+_Part = Annotated[
+    Annotated[_TextPart, Tag("#text")]
+    | Annotated[_ImageUrlPart, Tag("#url")]
+    | Annotated[_ImagePart, Tag("#image")],
+    Discriminator(_part_tag),
+]  # fmt: skip
+_Content = Annotated[
+    Annotated[str, Tag("#str")] | Annotated[list[_Part], Tag("#list")],
+    Discriminator(_is_text),
+]
+
+
+class _Message(_Model):
+    role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
+    content: _Content
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _ChatBody(SamplingFields):
+    model: str | None = None
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+_TokenIds = list[Annotated[int, Field(ge=0)]]
+_Prompt = Annotated[
+    Annotated[str, Tag("#str")] | Annotated[_TokenIds, Tag("#list")],
+    Discriminator(_is_text),
+]
+
+
+class _CompletionBody(SamplingFields):
+    model: str | None = None
+    prompt: _Prompt
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    parse_special: bool = False
+
+
+class _ShortLine(SamplingFields):
+    id: str | int | None = None
+    model: str | None = None
+    prompt: _Prompt | None = None
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    images: list[Annotated[str, Field(min_length=1)]] | None = None
+    raw: bool = False
+    parse_special: bool = False
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class _Envelope(_Model):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/chat/completions", "/v1/completions"]
+    body: dict[str, Any]
+
+
+_MODELS: dict[str, type[_Model]] = {"chat": _ChatBody, "completion": _CompletionBody, "short": _ShortLine}
+
+
+def is_openai(value: dict[str, Any]) -> bool:
+    """True for the OpenAI batch form (whole or not), False for the short form."""
+    return any(key in value for key in ("custom_id", "method", "url", "body"))
+
+
+def line_id(value: Any) -> str | int | None:
+    """The id to answer under, from a line that may be wrong in every other way."""
+    if not isinstance(value, dict):
+        return None
+    found = value.get("custom_id") if is_openai(value) else value.get("id")
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        return None
+    return found
+
+
+def parse_line(value: Any) -> Line:
+    """A parsed JSON value → Line. Raises LineError."""
+    if not isinstance(value, dict):
+        raise LineError("invalid_line", "a line must be a JSON object")
+    if is_openai(value):
+        envelope = _validate(_Envelope, value, "")
+        endpoint = ENDPOINTS[envelope.url]
+        return _openai_line(envelope.custom_id, endpoint, envelope.body)
+    return _short_line(value)
+
+
+def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
+    body = _validate(_MODELS[endpoint], _known_fields(raw, "body."), "body.")
+    if endpoint == "chat":
+        return Line(
+            "openai", "chat", custom_id, body.model, _turns(body.messages), None, False, body, _stop(body.stop),
+            _chat_logprobs(body),
+        )  # fmt: skip
+    return Line(
+        "openai", "completion", custom_id, body.model, (), body.prompt, body.parse_special, body, _stop(body.stop),
+        body.logprobs,
+    )  # fmt: skip
+
+
+def _short_line(raw: dict[str, Any]) -> Line:
+    body = _validate(_ShortLine, _known_fields(raw, ""), "")
+    if (body.prompt is None) == (body.messages is None):
+        raise LineError("invalid_request", "give either 'prompt' or 'messages'")
+    raw_prompt = body.raw or isinstance(body.prompt, list)
+    if body.images and body.prompt is None:
+        raise LineError("invalid_request", "'images' goes with 'prompt'; with 'messages', put them among the content")
+    if body.images and raw_prompt:
+        raise LineError("invalid_request", "'images' needs a chat turn; it does not go with 'raw' or token ids")
+    if body.raw and body.prompt is None:
+        raise LineError("invalid_request", "'raw' goes with 'prompt'")
+    if body.parse_special and not raw_prompt:
+        raise LineError("invalid_request", "'parse_special' goes with 'raw': in a chat, user text stays text")
+    common = (body.parse_special, body, _stop(body.stop), _chat_logprobs(body))
+    if raw_prompt:
+        return Line("short", "completion", body.id, body.model, (), body.prompt, *common)
+    if body.messages is not None:
+        turns = _turns(body.messages)
+    else:
+        turns = (Turn("user", (*(ImageRef(image) for image in body.images or ()), body.prompt)),)
+    return Line("short", "chat", body.id, body.model, turns, None, *common)
+
+
+def _known_fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields left to validate: without nulls and ignored ones; refuses what is known but not supported."""
+    known = {}
+    for key, value in raw.items():
+        if value is None or key in IGNORED_FIELDS:
+            continue
+        if key in UNSUPPORTED_FIELDS:
+            _refuse_unless_neutral(where + key, key, value)
+            continue
+        known[key] = value
+    if isinstance(known.get("messages"), list):
+        known["messages"] = [
+            _known_message(message, f"{where}messages.{index}.") if isinstance(message, dict) else message
+            for index, message in enumerate(known["messages"])
+        ]
+    prompt = known.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) != 1 or not isinstance(prompt[0], str | list):
+            raise LineError("invalid_request", f"{where}prompt: one prompt per line: write a line for each")
+        known["prompt"] = prompt[0]
+    return known
+
+
+def _known_message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in _UNSUPPORTED_IN_MESSAGES:
+        if message.get(key) is not None:
+            _refuse_unless_neutral(where + key, key, message[key])
+    return {k: v for k, v in message.items() if v is not None and k not in _UNSUPPORTED_IN_MESSAGES}
+
+
+def _refuse_unless_neutral(path: str, key: str, value: Any) -> None:
+    neutral = UNSUPPORTED_FIELDS[key]
+    if any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral):
+        return
+    reason = "results are lines of a file" if key.startswith("stream") else "not supported yet"
+    raise LineError("unsupported_field", f"{path}: {reason}; leave it out")
+
+
+def _validate(model: type[_Model], value: dict[str, Any], where: str) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    except RecursionError:
+        raise LineError("invalid_request", "nested too deeply") from None
+    path = where + ".".join(str(part) for part in first["loc"] if not str(part).startswith("#"))
+    path = path.rstrip(".")
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        near = difflib.get_close_matches(name[:64], model.model_fields, n=1)
+        meant = f"; did you mean '{near[0]}'?" if near else ""
+        raise LineError("unknown_field", f"unknown field '{_short(path)}'{meant}")
+    if first["type"] == "missing":
+        raise LineError("invalid_request", f"the field '{_short(path)}' is missing")
+    if first["type"] == "union_tag_not_found":
+        raise LineError("invalid_request", f"{path}: a content part needs a type: text, image_url or image")
+    raise LineError("invalid_request", f"{_short(path)}: {first['msg'][:300]}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "…"
+
+
+def _turns(messages: list[_Message]) -> tuple[Turn, ...]:
+    turns = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            turns.append(Turn(role, (message.content,), message.name))
+            continue
+        parts: list[str | ImageRef] = []
+        for part in message.content:
+            if isinstance(part, _TextPart):
+                parts.append(part.text)
+            else:
+                parts.append(ImageRef(part.image if isinstance(part, _ImagePart) else part.image_url.url))
+        turns.append(Turn(role, tuple(parts), message.name))
+    return tuple(turns)
+
+
+def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > MAX_STOP:
+        raise LineError("invalid_request", f"stop: at most {MAX_STOP} strings")
+    if any(not string for string in strings):
+        raise LineError("invalid_request", "stop: an empty string would stop everything")
+    return strings
+
+
+def _chat_logprobs(body: Any) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise LineError("invalid_request", "top_logprobs needs logprobs: true")
+    return (body.top_logprobs or 0) if body.logprobs else None

@@ -6,7 +6,6 @@ tensors' bytes. Opening reads the header only; the file is mapped when the first
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
@@ -83,11 +82,9 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
+        """Let go of the map; unmapping it here would pull it from under the views that are still in use."""
         with self._lock:
-            if self._map is not None:
-                with contextlib.suppress(BufferError):  # views are still alive: the map goes with the last of them
-                    self._map.close()
-                self._map = None
+            self._map = None
 
     def _mapped(self) -> mmap.mmap:
         with self._lock:

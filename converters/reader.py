@@ -47,6 +47,10 @@ class Reader(Protocol):
         so it may be strided (a fused expert is stored [in, out]) and must not be written to."""
         ...
 
+    def prefetch(self, name: str) -> None:
+        """Start reading a tensor's bytes (of the whole expert for a fused one) into the page cache; returns at once."""
+        ...
+
     def release(self, name: str) -> None:
         """Let the kernel drop the mapped pages behind a tensor (of the whole expert for a fused one)."""
         ...

@@ -74,6 +74,12 @@ class SafetensorsFile:
         count = stored.nbytes // stored.dtype.itemsize
         return torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=stored.start).view(stored.shape)
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the kernel to read file bytes [start, stop) into the page cache; returns at once."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > first:
+            self._mapped().madvise(mmap.MADV_WILLNEED, first, stop - first)
+
     def release(self, start: int, stop: int) -> None:
         """Let the kernel drop the mapped pages of file bytes [start, stop); later reads fetch them again."""
         page = mmap.PAGESIZE

@@ -13,6 +13,7 @@ from converters.folder import CheckpointFolder
 from converters.names import EMBEDDING, LM_HEAD, Part, Row
 from converters.quant_config import LinearFormat
 from converters.reader import TensorInfo
+from converters.safetensors_io import SafetensorsFile
 from converters.transforms import part_view
 from l4tool.core.arch import Arch
 
@@ -60,16 +61,15 @@ class TableReader:
         stored, part = self._find(name)
         return part_view(self.folder.view(stored), part, rows)
 
+    def prefetch(self, name: str) -> None:
+        """Start reading a tensor's bytes (all of the expert's for a fused one) into the page cache."""
+        file, start, stop = self._bytes_of(name)
+        file.prefetch(start, stop)
+
     def release(self, name: str) -> None:
         """Drop the mapped pages behind a tensor that is not needed any more (all of the expert's for a fused one)."""
-        stored, part = self._find(name)
-        tensor = self.folder.stored[stored]
-        start, stop = tensor.start, tensor.stop
-        if part.expert is not None:
-            per_expert = tensor.nbytes // tensor.shape[0]
-            start += part.expert * per_expert
-            stop = start + per_expert
-        self.folder.files[tensor.file].release(start, stop)
+        file, start, stop = self._bytes_of(name)
+        file.release(start, stop)
 
     def linear_format(self, prefix: str) -> LinearFormat | None:
         """How the Linear `prefix` (canonical, without `.weight`) is stored; None where it is not quantized."""
@@ -90,3 +90,14 @@ class TableReader:
         if name == LM_HEAD and self.arch.text.tie_word_embeddings:
             name = EMBEDDING
         return self._where[name]
+
+    def _bytes_of(self, name: str) -> tuple[SafetensorsFile, int, int]:
+        """(file, start, stop) of the bytes to touch for a canonical tensor."""
+        stored, part = self._find(name)
+        tensor = self.folder.stored[stored]
+        start, stop = tensor.start, tensor.stop
+        if part.expert is not None:
+            per_expert = tensor.nbytes // tensor.shape[0]
+            start += part.expert * per_expert
+            stop = start + per_expert
+        return self.folder.files[tensor.file], start, stop

@@ -13,11 +13,12 @@ How a pipeline uses it:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,22 +66,29 @@ class ShardPlan:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
-def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[ShardPlan]:
+def plan_shards(
+    specs: Sequence[TensorSpec],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    together: Callable[[TensorSpec], str] = lambda spec: spec.name,
+) -> list[ShardPlan]:
     """Fill shards in the order of `specs`; a tensor larger than `max_shard_bytes` gets a shard of its own.
 
-    Inside a shard wider dtypes come first, so that every tensor is aligned to its element size, as the safetensors
-    library does. Raises ValueError for a name that occurs twice.
+    Neighbours for which `together` gives the same word (the parts of one quantized Linear) stay in one shard. Inside
+    a shard wider dtypes come first, so that every tensor is aligned to its element size, as the safetensors library
+    does. Raises ValueError for a name that occurs twice.
     """
     if len({spec.name for spec in specs}) != len(specs):
         raise ValueError("a tensor name occurs twice")
     groups: list[list[TensorSpec]] = []
     size = 0
-    for spec in specs:
-        if not groups or size + spec.nbytes > max_shard_bytes:
+    for _, run in itertools.groupby(specs, together):
+        parts = list(run)
+        nbytes = sum(spec.nbytes for spec in parts)
+        if not groups or size + nbytes > max_shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(spec)
-        size += spec.nbytes
+        groups[-1].extend(parts)
+        size += nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return [_plan(name, group) for name, group in zip(names, groups, strict=True)]
 

@@ -85,7 +85,7 @@ def _bits(scale: torch.Tensor) -> np.ndarray:
 
 
 def _flat(weight: torch.Tensor) -> tuple[np.ndarray, int, bool]:
-    """Zero-copy (flat storage, stride, transposed) of a 2-D weight, in the element types that the kernels tell apart."""
+    """Zero-copy (flat storage, stride, transposed) of a 2-D weight; the element type tells the kernel the dtype."""
     (rows, cols), (row_stride, col_stride) = weight.shape, weight.stride()
     transposed = row_stride == 1 and col_stride != 1
     if not transposed and col_stride != 1:

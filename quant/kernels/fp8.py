@@ -86,7 +86,7 @@ def encode_tile(tile, bf16_source, scale, codes, work):  # type: ignore[no-untyp
 
 @jit
 def fp8_rows(src, ld, transposed, bf16_source, out, scales, error, square):  # type: ignore[no-untyped-def]
-    """Quantize weight [rows, cols] to `out` uint8 (e4m3fn bits) [rows, cols] and `scales` (bfloat16 bits) uint16 [rows].
+    """Weight [rows, cols] → `out` uint8 (e4m3fn bits) [rows, cols] and `scales` uint16 (bfloat16 bits) [rows].
 
     error[rows], square[rows] float64: squared error after dequantization to bfloat16, squared weight.
     Returns the first row that holds NaN or Inf, or -1.

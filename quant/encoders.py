@@ -1,0 +1,134 @@
+"""How one canonical tensor is stored: the parts it becomes, and how a range of its rows is turned into them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from converters.reader import TensorInfo
+from converters.writer import TensorSpec
+from l4tool.core.errors import UsageError
+from quant import ops
+from quant.schemes import Recipe
+
+PACK_FACTOR = 8  # 4-bit values in an int32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of one tensor as written: (stored name, tensor, first row); float64 error sums per row, None for a copy."""
+
+    pieces: list[tuple[str, torch.Tensor, int]]
+    error: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+
+
+class Encoder(ABC):
+    """One way to store a tensor. `splittable`: any range of rows can be encoded alone."""
+
+    kind: str
+    splittable = True
+
+    @abstractmethod
+    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
+        """What the tensor becomes; `stored` is its name in the output, ending in `.weight` for a Linear.
+
+        Raises UsageError where the recipe does not fit the tensor.
+        """
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+        """Encode rows [row, row + len(weight)). Raises CheckpointError for NaN or Inf."""
+
+    @abstractmethod
+    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
+        """Anonymous memory that encoding `rows` rows takes, results included."""
+
+
+class Copy(Encoder):
+    """The tensor's bytes as they are."""
+
+    kind = "copy"
+
+    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
+        return [TensorSpec(stored, info.shape, info.dtype)]
+
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+        return Encoded([(stored, weight, row)])
+
+    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
+        return rows * math.prod(info.shape[1:]) * info.dtype.itemsize  # only a strided view is really copied
+
+
+@dataclass(frozen=True)
+class Int4(Encoder):
+    """compressed-tensors' pack-quantized: `weight_packed`, `weight_scale`, `weight_shape`."""
+
+    group_size: int
+    scale: str
+    device: str = "cpu"
+    kind = "int4"
+
+    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
+        out, cols = info.shape
+        if cols % self.group_size:
+            raise UsageError(
+                f"group size {self.group_size} does not divide the {cols} inputs of {info.name}",
+                hint=f"use --group-size {math.gcd(cols, self.group_size)}" if cols % 8 == 0 else "use --fp8",
+            )
+        return [
+            TensorSpec(stored + "_packed", (out, cols // PACK_FACTOR), torch.int32),
+            TensorSpec(stored + "_scale", (out, cols // self.group_size), torch.bfloat16),
+            TensorSpec(stored + "_shape", (2,), torch.int64),
+        ]
+
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+        result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row)
+        pieces = [(stored + "_packed", result.packed, row), (stored + "_scale", result.scale, row)]
+        if row == 0:
+            pieces.append((stored + "_shape", torch.tensor(info.shape, dtype=torch.int64), 0))
+        return Encoded(pieces, result.error, result.square)
+
+    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
+        cols = info.shape[1]
+        source = 0 if self.device == "cpu" else rows * cols * info.dtype.itemsize
+        return source + rows * (cols // 2 + 2 * cols // self.group_size + 16)
+
+
+@dataclass(frozen=True)
+class Fp8(Encoder):
+    """compressed-tensors' float-quantized: `weight` e4m3fn, `weight_scale` per row."""
+
+    device: str = "cpu"
+    kind = "fp8"
+
+    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
+        out, cols = info.shape
+        scale = TensorSpec(stored + "_scale", (out, 1), torch.bfloat16)
+        return [TensorSpec(stored, (out, cols), torch.float8_e4m3fn), scale]
+
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+        result = ops.fp8(_to(weight, self.device), info.name, row)
+        pieces = [(stored, result.weight, row), (stored + "_scale", result.scale, row)]
+        return Encoded(pieces, result.error, result.square)
+
+    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
+        cols = info.shape[1]
+        source = 0 if self.device == "cpu" else rows * cols * info.dtype.itemsize
+        return source + rows * (cols + 24)
+
+
+def make_encoders(recipe: Recipe, device: str) -> dict[str, Encoder]:
+    """Kind ("int4", "fp8", "bf16") → its encoder under this recipe."""
+    if recipe.format == "quanto":
+        from quant.quanto import QuantoFp8, QuantoInt4
+
+        return {"bf16": Copy(), "int4": QuantoInt4(recipe.scale), "fp8": QuantoFp8()}
+    return {"bf16": Copy(), "int4": Int4(recipe.group_size, recipe.scale, device), "fp8": Fp8(device)}
+
+
+def _to(weight: torch.Tensor, device: str) -> torch.Tensor:
+    return weight if device == "cpu" else weight.contiguous().to(device)

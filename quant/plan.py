@@ -1,0 +1,138 @@
+"""The whole job from headers: what every tensor becomes, in which shard, and in which row ranges it is worked on."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from converters.names import TEXT_PREFIX
+from converters.reader import Reader, TensorInfo
+from converters.writer import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
+from l4tool.core.errors import UsageError
+from l4tool.core.sizes import format_bytes
+from quant.encoders import Encoder, make_encoders
+from quant.schemes import Recipe, class_of
+
+BASE_BYTES = 512 * 2**20  # Python, torch, numba and its compiler before any weight is touched
+MAX_UNIT_BYTES = 128 * 2**20  # of source; larger units only make the last one to finish wait longer
+ROW_ALIGNMENT = 64  # rows of a kernel tile
+
+
+@dataclass(frozen=True)
+class Item:
+    """One canonical tensor on its way: `stored` is its name in the output, `encoder` makes its parts."""
+
+    info: TensorInfo
+    stored: str
+    encoder: Encoder
+    nbytes_out: int
+
+    @property
+    def rows(self) -> int:
+        return self.info.shape[0] if self.info.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one source row."""
+        return self.info.nbytes // max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows [start, stop) of one item: what one thread works on at a time."""
+
+    item: Item
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes."""
+        return (self.stop - self.start) * self.item.row_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`shards[i]` is written from `items[i]`. Two plans of the same source and recipe are equal, file for file."""
+
+    shards: list[ShardPlan]
+    items: list[list[Item]]
+    source_bytes: int
+    output_bytes: int  # of tensors
+    classes: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # class → (kind, bytes before, after)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`jobs` units at once, each with at most `unit_bytes` of anonymous memory."""
+
+    jobs: int
+    unit_bytes: int
+
+
+def build_plan(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """Reader's headers and recipe → Plan. Raises UsageError where the recipe does not fit a tensor."""
+    encoders = make_encoders(recipe, device)
+    text_only = reader.arch.vision is None
+    items, owner, specs = [], {}, []
+    classes: dict[str, tuple[str, int, int]] = {}
+    for name, info in reader.tensors().items():
+        encoder = encoders[recipe.kind_of(name)]
+        stored = name.removeprefix(TEXT_PREFIX) if text_only else name
+        parts = encoder.parts(info, stored)
+        item = Item(info, stored, encoder, sum(part.nbytes for part in parts))
+        items.append(item)
+        specs += parts
+        owner.update({part.name: item for part in parts})
+        label = class_of(name) or "other"
+        _, before, after = classes.get(label, ("", 0, 0))
+        classes[label] = (encoder.kind, before + info.nbytes, after + item.nbytes_out)
+    shards = plan_shards(specs, max_shard_bytes, lambda spec: owner[spec.name].stored)
+    shard_of = {spec.name: number for number, shard in enumerate(shards) for spec in shard.specs}
+    grouped: list[list[Item]] = [[] for _ in shards]
+    first_part = {id(item): name for name, item in reversed(owner.items())}
+    for item in items:
+        grouped[shard_of[first_part[id(item)]]].append(item)
+    totals = (sum(item.info.nbytes for item in items), sum(item.nbytes_out for item in items))
+    return Plan(shards, grouped, *totals, classes)
+
+
+def split(item: Item, budget: Budget) -> Iterator[Unit]:
+    """An item's units: row ranges whose scratch memory fits the budget."""
+    rows = item.rows
+    if not item.encoder.splittable:
+        yield Unit(item, 0, rows)
+        return
+    by_memory = budget.unit_bytes // max(item.encoder.scratch_bytes(item.info, 1), 1)
+    by_size = MAX_UNIT_BYTES // max(item.row_bytes, 1)
+    step = max(min(by_memory, by_size) // ROW_ALIGNMENT * ROW_ALIGNMENT, 1)
+    step = min(max(step, min(ROW_ALIGNMENT, by_memory)), max(rows, 1))
+    for start in range(0, rows, step):
+        yield Unit(item, start, min(start + step, rows))
+
+
+def make_budget(plan: Plan, memory_bytes: int, jobs: int | None) -> Budget:
+    """How many units run at once and how large they may be, so that anonymous memory stays below `memory_bytes`.
+
+    Raises UsageError when not even one row at a time fits.
+    """
+    items = [item for shard in plan.items for item in shard]
+    smallest = max(item.encoder.scratch_bytes(item.info, _fewest_rows(item)) for item in items)
+    free = memory_bytes - BASE_BYTES
+    if free < smallest:
+        raise UsageError(
+            f"--memory {format_bytes(memory_bytes)} is too little: {format_bytes(BASE_BYTES)} for the program and "
+            f"{format_bytes(smallest)} for the largest piece are needed",
+            hint=f"use --memory {math.ceil((BASE_BYTES + smallest) / 2**20)}MiB or more",
+        )
+    wanted = jobs or len(os.sched_getaffinity(0))
+    if not all(item.encoder.splittable for item in items):
+        wanted = 1  # torch itself uses all cores there
+    at_once = max(1, min(wanted, free // smallest))
+    return Budget(at_once, free // at_once)
+
+
+def _fewest_rows(item: Item) -> int:
+    return min(item.rows, ROW_ALIGNMENT) if item.encoder.splittable else item.rows

@@ -120,7 +120,7 @@ class Line:
     prompt: str | list[int] | None
     parse_special: bool
     sampling: SamplingFields
-    stop: tuple[str, ...]
+    stop: tuple[str, ...] | None
     logprobs: int | None
 
     @property
@@ -365,8 +365,10 @@ def _turns(messages: list[_Message]) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+def _stop(stop: str | list[str] | None) -> tuple[str, ...] | None:
+    if stop is None:
+        return None
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(strings) > MAX_STOP:
         raise LineError("invalid_request", f"stop: at most {MAX_STOP} strings")
     if any(not string for string in strings):

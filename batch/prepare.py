@@ -1,0 +1,225 @@
+"""Input line → PreparedRequest, in worker threads, in input order, with bounded memory.
+
+`LinePreparer` does one line; `PreparingSource` is the RequestSource that a backend pulls from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch.chat import ChatFormat
+from batch.generation import SamplingDefaults
+from batch.images import TileSpec, load_tiles, read_source
+from batch.jsonl import BadJson, RawLine, parse_json
+from batch.requests import ImageTiles, PreparedRequest
+from batch.schema import Line, LineError, is_openai, line_id, parse_line
+from l4tool.core.arch import Arch
+from l4tool.core.sizes import format_bytes
+
+MAX_AHEAD = 64  # lines read but not yet pulled by the backend
+IMAGE_BUDGET_BYTES = 512 * 2**20
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+
+@dataclass(frozen=True)
+class LineInfo:
+    """What answering a line needs to know about it. `digest` is 16 hex characters of its content and place."""
+
+    number: int
+    is_openai: bool
+    id: str | int | None
+    digest: str
+    endpoint: str = "chat"
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A line with either a request or an error."""
+
+    info: LineInfo
+    request: PreparedRequest | None = None
+    error: LineError | None = None
+
+
+Gate = Callable[[int], None]
+
+
+class LinePreparer:
+    """Parses, renders, tokenizes and tiles one line. Thread-safe; never raises for what a line contains."""
+
+    def __init__(
+        self, arch: Arch, chat: ChatFormat, tiles: TileSpec | None, defaults: SamplingDefaults, image_base: Path,
+        max_images: int,
+    ) -> None:  # fmt: skip
+        self.arch, self.chat, self.tiles, self.defaults = arch, chat, tiles, defaults
+        self.image_base, self.max_images = image_base, max_images
+
+    def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared:
+        """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure)."""
+        digest = hashlib.blake2b(raw.data, digest_size=8, key=raw.number.to_bytes(8, "big")).hexdigest()
+        info = LineInfo(raw.number, b'"custom_id"' in raw.data, None, digest)
+        try:
+            if raw.too_long:
+                raise LineError("line_too_long", "the line is longer than the limit")
+            try:
+                value = parse_json(raw.data)
+            except BadJson as error:
+                raise LineError("invalid_json", str(error)) from None
+            if isinstance(value, dict):
+                info = LineInfo(raw.number, is_openai(value), line_id(value), digest)
+            line = parse_line(value)
+            info = LineInfo(raw.number, line.form == "openai", line.id, digest, line.endpoint, line.model)
+            return Prepared(info, self._request(raw, line, gate))
+        except LineError as error:
+            if info.id is None and info.is_openai:
+                info = LineInfo(raw.number, True, _custom_id(raw.data), digest)
+            return Prepared(info, error=error)
+        except Exception as error:  # our own bug must cost this line, not the run
+            return Prepared(info, error=LineError("internal_error", f"{type(error).__name__}: {error}"[:500]))
+
+    def _request(self, raw: RawLine, line: Line, gate: Gate | None) -> PreparedRequest:
+        images = self._images(line, gate)
+        if line.turns:
+            prompt = self.chat.encode(line.turns, images)
+        elif isinstance(line.prompt, str):
+            prompt = self.chat.encode_raw(line.prompt, line.parse_special)
+        else:
+            prompt = list(line.prompt or ())
+        if not line.turns:
+            self._check_tokens(prompt)
+        context = self.arch.text.max_position_embeddings
+        if len(prompt) >= context:
+            message = f"the prompt has {len(prompt):,} tokens; the context of {context:,} leaves no room for an answer"
+            raise LineError("prompt_too_long", message)
+        return PreparedRequest(
+            key=raw.number,
+            prompt=prompt,
+            sampling=self.defaults.params(line, raw.data, context - len(prompt)),
+            images=tuple(images),
+            stop=self.defaults.stop if line.stop is None else line.stop,
+            n=line.sampling.n,
+        )
+
+    def _images(self, line: Line, gate: Gate | None) -> list[ImageTiles]:
+        found = line.images
+        if len(found) > self.max_images:
+            raise LineError("too_many_images", f"{len(found)} images; at most {self.max_images} (--max-images)")
+        if not found:
+            return []
+        if self.tiles is None:
+            raise LineError("no_vision", "this checkpoint is text-only: it cannot look at images")
+        tiles = []
+        for place, image in enumerate(found, 1):
+            if gate is not None:
+                gate(0)
+            try:
+                tiles.append(load_tiles(read_source(image.source, self.image_base), self.tiles))
+            except LineError as error:
+                raise LineError(error.code, f"image {place}: {error.message}") from None
+            if gate is not None:
+                gate(tiles[-1].pixels.nbytes)
+        return tiles
+
+    def _check_tokens(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise LineError("invalid_request", "the prompt is empty")
+        largest, size = max(prompt), self.arch.text.vocab_size
+        if largest >= size:
+            raise LineError("invalid_request", f"token id {largest} is not below the vocabulary size {size}")
+        if self.arch.image_token_id is not None and self.arch.image_token_id in prompt:
+            raise LineError("invalid_request", "a completion's prompt cannot hold image tokens; use a chat")
+
+
+def _custom_id(data: bytes) -> str | None:
+    """Best effort for a line that is not JSON: what custom_id it probably has."""
+    match = _CUSTOM_ID.search(data[:65536])
+    try:
+        found = parse_json(match.group(1)) if match else None
+    except BadJson:
+        return None
+    return found if isinstance(found, str) else None
+
+
+class PreparingSource:
+    """A RequestSource over raw lines. Requests come in input order; error lines go to `on_error` as they are met.
+
+    At most MAX_AHEAD lines are prepared ahead. Pictures wait while IMAGE_BUDGET_BYTES of tiles are waiting to be
+    pulled, except those of the line that is next, so there is always progress.
+    """
+
+    def __init__(
+        self,
+        lines: Iterator[RawLine],
+        preparer: LinePreparer,
+        on_request: Callable[[LineInfo, PreparedRequest], None],
+        on_error: Callable[[LineInfo, LineError], None],
+        num_threads: int = 2,
+        image_budget_bytes: int = IMAGE_BUDGET_BYTES,
+    ) -> None:
+        self._lines, self._preparer = lines, preparer
+        self._on_request, self._on_error = on_request, on_error
+        self._budget_bytes = image_budget_bytes
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+        self._queue: deque[Future[Prepared]] = deque()
+        self._submitted = 0
+        self._is_exhausted = False
+        self._changed = threading.Condition()
+        self._head = 0  # place of the line that take() hands out next
+        self._held: dict[int, int] = {}  # place → bytes of tiles that wait
+        self._is_closed = False
+
+    def take(self, wait: bool) -> PreparedRequest | None:
+        """The next request; see RequestSource."""
+        while True:
+            self._fill()
+            if not self._queue or (not wait and not self._queue[0].done()):
+                return None
+            prepared = self._queue.popleft().result()
+            with self._changed:
+                self._held.pop(self._head, None)
+                self._head += 1
+                self._changed.notify_all()
+            if prepared.request is not None:
+                self._on_request(prepared.info, prepared.request)
+                return prepared.request
+            assert prepared.error is not None
+            self._on_error(prepared.info, prepared.error)
+
+    def close(self) -> None:
+        """Stop the threads; what was prepared and not pulled is dropped."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+
+    def _fill(self) -> None:
+        while len(self._queue) < MAX_AHEAD and not self._is_exhausted:
+            raw = next(self._lines, None)
+            if raw is None:
+                self._is_exhausted = True
+                return
+            self._queue.append(self._pool.submit(self._prepare, self._submitted, raw))
+            self._submitted += 1
+
+    def _prepare(self, place: int, raw: RawLine) -> Prepared:
+        return self._preparer.prepare(raw, lambda num_bytes: self._gate(place, num_bytes))
+
+    def _gate(self, place: int, num_bytes: int) -> None:
+        """Account for a picture's tiles (num_bytes > 0), or wait until there is room for one more (0)."""
+        with self._changed:
+            if num_bytes:
+                self._held[place] = self._held.get(place, 0) + num_bytes
+                return
+            while not self._is_closed and place != self._head and sum(self._held.values()) >= self._budget_bytes:
+                self._changed.wait()
+            if self._is_closed:
+                raise LineError("cancelled", f"stopped; {format_bytes(sum(self._held.values()))} of pictures dropped")

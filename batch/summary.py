@@ -1,0 +1,135 @@
+"""What a run did: counts, speed, and what it ran on; as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from l4tool import __version__
+from l4tool.core.atomic import write_file
+from l4tool.core.console import table
+from l4tool.core.sizes import format_duration
+
+_PACKAGES = ("torch", "tokenizers", "jinja2", "pillow", "pydantic", "numba", "numpy", "safetensors")
+
+
+@dataclass
+class Summary:
+    """One run. Seconds: `seconds` from the first line to the last, `load_seconds` for the model. Tokens: of answered
+    lines."""
+
+    input: str
+    output: str
+    model: str
+    fingerprint: str
+    lines: int = 0
+    blank_lines: int = 0
+    ok: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    load_seconds: float = 0.0
+    is_complete: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.errors.values())
+
+    def rate(self, count: int) -> float:
+        return count / self.seconds if self.seconds > 0 else 0.0
+
+    def speed_text(self, elapsed_s: float) -> str:
+        """Tokens per second in and out, for the progress line."""
+        elapsed_s = max(elapsed_s, 1e-9)
+        text = f"in {self.prompt_tokens / elapsed_s:,.0f} tok/s, out {self.completion_tokens / elapsed_s:,.0f} tok/s"
+        return text + (f", {self.num_errors} errors" if self.errors else "")
+
+    def as_table(self) -> str:
+        rows: list[tuple[str, str]] = [("lines", f"{self.lines:,}"), ("answered", f"{self.ok:,}")]
+        rows += [(f"error: {code}", f"{count:,}") for code, count in sorted(self.errors.items())]
+        if self.blank_lines:
+            rows.append(("blank lines skipped", f"{self.blank_lines:,}"))
+        if self.images:
+            rows.append(("images", f"{self.images:,}"))
+        rows += [
+            ("tokens in", f"{self.prompt_tokens:,}"),
+            ("tokens out", f"{self.completion_tokens:,}"),
+            ("loading the model", format_duration(self.load_seconds)),
+            ("running", format_duration(self.seconds)),
+            ("tokens in per second", f"{self.rate(self.prompt_tokens):,.1f}"),
+            ("tokens out per second", f"{self.rate(self.completion_tokens):,.1f}"),
+        ]
+        return table(rows)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "input": self.input,
+            "output": self.output,
+            "model": self.model,
+            "model_fingerprint": self.fingerprint,
+            "complete": self.is_complete,
+            "lines": self.lines,
+            "blank_lines": self.blank_lines,
+            "ok": self.ok,
+            "errors": self.num_errors,
+            "errors_by_code": dict(sorted(self.errors.items())),
+            "finish_reasons": dict(sorted(self.finish_reasons.items())),
+            "images": self.images,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "load_seconds": round(self.load_seconds, 3),
+            "seconds": round(self.seconds, 3),
+            "prompt_tokens_per_second": round(self.rate(self.prompt_tokens), 2),
+            "completion_tokens_per_second": round(self.rate(self.completion_tokens), 2),
+            "engine": self.engine,
+            "versions": versions(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the JSON, whole or not at all. Raises WriteError."""
+        write_file(path, json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def engine_stats(backend: object) -> dict[str, Any]:
+    """A backend's `stats` as plain JSON values, {} when it keeps none."""
+    stats = getattr(backend, "stats", None)
+    if dataclasses.is_dataclass(stats) and not isinstance(stats, type):
+        stats = dataclasses.asdict(stats)
+    if not isinstance(stats, dict):
+        return {}
+    return {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
+
+
+def versions() -> dict[str, str]:
+    """l4tool, Python and the packages that decide the numbers."""
+    found = {"l4tool": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def model_fingerprint(folder: Path) -> str:
+    """16 hex characters from the config, index and tokenizer files and the names and sizes of the shards."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        elif path.suffix in (".json", ".jinja") and path.is_file() and path.name != "l4tool-report.json":
+            digest.update(f"{path.name}:".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""`l4tool batch`: options, one call, and the table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l4tool.core.errors import EXIT_ERROR_LINES, EXIT_OK
+
+_PATH = click.Path(path_type=Path)
+
+
+class _Size(click.ParamType):
+    """A byte size as people write it: 4GiB, 500MB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from l4tool.core.errors import UsageError
+        from l4tool.core.sizes import parse_bytes
+
+        if isinstance(value, int):
+            return value
+        try:
+            size = parse_bytes(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message} ({error.hint})", param, ctx)
+        if size <= 0:
+            self.fail("must be more than 0", param, ctx)
+        return size
+
+
+@click.command("batch", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("input", type=_PATH, metavar="IN.jsonl")
+@click.argument("output", type=_PATH, metavar="OUT.jsonl")
+@click.option("--model", type=_PATH, required=True, metavar="DIR", help="Checkpoint folder, quantized or not.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens.  [default: 1024]")
+@click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling; 1 is off.")
+@click.option("--top-k", type=click.IntRange(-1), help="Only the k likeliest tokens; 0 is off.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Only tokens this likely relative to the best; 0 is off.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True,
+              help="Together with a line's own content, the seed of lines that give none.")  # fmt: skip
+@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; repeatable.")
+@click.option("--max-batch-tokens", type=click.IntRange(1), help="Tokens computed in one step.")
+@click.option("--kv-memory", type=_Size(), metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
+@click.option("--max-seqs", type=click.IntRange(1), help="Answers in work at the same time.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
+@click.option("--max-images", type=click.IntRange(0), default=48, show_default=True, help="Images allowed in one line.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.jsonl if it is not empty.")
+@click.option("--summary", type=_PATH, metavar="FILE", help="Write the final figures as JSON.")
+def command(**options: Any) -> int:
+    """Answer every line of IN.jsonl, text and images, and write one line each to OUT.jsonl.
+
+    Lines are in OpenAI's batch form or the short form {"prompt": "…"}. Values that a line gives win over these
+    options, and these over the checkpoint's generation_config.json. Answers are written as they finish.
+    """
+    from batch.generation import SamplingOptions
+    from batch.job import BatchOptions, run_batch
+    from l4tool.core.console import note
+
+    if any(not text for text in options["stop"]):
+        raise click.BadParameter("an empty text would stop everything", param_hint="--stop")
+    sampling = SamplingOptions(
+        **{name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")}
+    )
+    summary = run_batch(BatchOptions(sampling=sampling, kv_memory_bytes=options.pop("kv_memory"), **options))
+    note(summary.as_table())
+    return EXIT_ERROR_LINES if summary.num_errors else EXIT_OK

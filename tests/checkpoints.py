@@ -55,3 +55,85 @@ def save(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+BASE_IGNORE = ["re:.*lm_head$", "re:.*router$", "re:vision_model.*", "re:multi_modal_projector.*"]
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+EXPERTS = [r"re:.*\.feed_forward\.experts\..*"]
+OTHERS = [
+    r"re:.*\.self_attn\.(q|k|v|o)_proj$",
+    r"re:.*\.feed_forward\.shared_expert\.(gate|up|down)_proj$",
+    r"re:.*\.feed_forward\.(gate|up|down)_proj$",
+]
+
+
+def group(weights: dict[str, Any], targets: list[str], activations: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One entry of `config_groups`."""
+    stored_as = "pack-quantized" if weights["type"] == "int" else "float-quantized"
+    return {"targets": targets, "weights": weights, "input_activations": activations, "format": stored_as}
+
+
+def quantization_config(kind: str, group_size: int = 128) -> dict[str, Any]:
+    """`kind`: "int4" (experts only), "int4-all" (every text Linear), "fp8" or "mixed"; see docs/formats.md."""
+    int4 = INT4 | {"group_size": group_size}
+    groups, ignore = {
+        "int4": (
+            {"group_0": group(int4, ["Linear"])},
+            ["re:.*self_attn.*", "re:.*shared_expert.*", r"re:.*feed_forward\.(gate|up|down)_proj$"],
+        ),
+        "int4-all": ({"group_0": group(int4, ["Linear"])}, []),
+        "fp8": ({"group_0": group(FP8, ["Linear"], FP8_TOKEN)}, []),
+        "mixed": ({"group_0": group(int4, EXPERTS), "group_1": group(FP8, OTHERS, FP8_TOKEN)}, []),
+    }[kind]
+    stored_as = "mixed-precision" if len(groups) > 1 else groups["group_0"]["format"]
+    return {
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "format": stored_as,
+        "config_groups": groups, "ignore": BASE_IGNORE + ignore, "kv_cache_scheme": None,
+        "sparsity_config": {}, "transform_config": {}, "global_compression_ratio": None, "version": "0.20.0",
+    }  # fmt: skip
+
+
+def compress(source: Path, folder: Path, kind: str, group_size: int = 128) -> Path:
+    """A compressed-tensors checkpoint made of `source` by the compressed-tensors library, absmax scales."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    from converters.detect import open_checkpoint
+
+    reader = open_checkpoint(source)
+    config = quantization_config(kind, group_size)
+    theirs = QuantizationConfig(**config)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in reader.tensors():
+        stored = name if reader.arch.vision is not None else name.removeprefix("language_model.")
+        module = stored.removesuffix(".weight")
+        scheme = library_scheme(theirs, module) if name.endswith("_proj.weight") and "layers" in name else None
+        weight = reader.read(name).contiguous()
+        if scheme is None or "vision" in name:
+            tensors[stored] = weight
+            continue
+        size = scheme.weights.group_size or weight.shape[1]
+        grouped = weight.view(weight.shape[0], -1, size)
+        scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+        state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
+        parts = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+    copy(source, folder)
+    edit_config(folder, lambda c: c.update(quantization_config=config))
+    return save(folder, tensors)
+
+
+def library_scheme(config: Any, module: str, classes: tuple[str, ...] = ("Linear",)) -> Any:
+    """The scheme that the compressed-tensors library gives a module of this name, or None."""
+    from compressed_tensors.utils.match import is_match, match_targets
+
+    base: type[torch.nn.Module] = torch.nn.Embedding if "Embedding" in classes else torch.nn.Linear
+    kind = base if classes[0] == base.__name__ else type(classes[0], (base,), {})
+    instance = kind(1, 1, device="meta")
+    targets = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    if not is_match(module, instance, list(targets), config.ignore or []):
+        return None
+    return targets[match_targets(module, instance, targets)[0]]

@@ -57,6 +57,7 @@ class Copy(Encoder):
         return [TensorSpec(stored, info.shape, info.dtype)]
 
     def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+        ops.require_finite(weight, info.name, row)
         return Encoded([(stored, weight, row)])
 
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:

@@ -56,8 +56,8 @@ def output_lock(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def fingerprint(reader: Reader, recipe: Recipe) -> dict[str, Any]:
-    """The job: tool version, recipe, and of every source file the size, mtime and a sampled SHA-256.
+def fingerprint(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int) -> dict[str, Any]:
+    """The job: tool version, all that decides the output's bytes, and each source file's size, mtime, sampled SHA-256.
 
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
     quantizing. Small files are hashed whole.
@@ -66,7 +66,7 @@ def fingerprint(reader: Reader, recipe: Recipe) -> dict[str, Any]:
     files = [path for path in small if path.is_file()] + reader.weight_files()
     return {
         "version": __version__,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": dataclasses.asdict(recipe) | {"device": device, "max_shard_bytes": max_shard_bytes},
         "source": {path.name: _describe(path) for path in files},
     }
 

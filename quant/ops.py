@@ -80,6 +80,18 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
     return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(error), torch.from_numpy(square))
 
 
+def require_finite(tensor: torch.Tensor, name: str, row0: int = 0) -> None:
+    """Raise CheckpointError naming the first NaN or Inf of a CPU tensor of any shape. Integers pass."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32) and tensor.is_contiguous():
+        from quant.kernels.bits import INF_BITS, largest_bits
+
+        if largest_bits(_flat(tensor.view(1, -1))[0]) < INF_BITS:
+            return
+    _require_finite(tensor, name, row0)
+
+
 def _bits(scale: torch.Tensor) -> np.ndarray:
     return scale.view(torch.int16).numpy().view(np.uint16)
 
@@ -99,14 +111,15 @@ def _flat(weight: torch.Tensor) -> tuple[np.ndarray, int, bool]:
     return (bits.view(np.uint16) if weight.dtype == torch.bfloat16 else bits), stride, transposed
 
 
-def _require_finite(weight: torch.Tensor, name: str, row0: int) -> None:
+def _require_finite(tensor: torch.Tensor, name: str, row0: int) -> None:
     """Raise CheckpointError at the first NaN or Inf, in row order."""
-    for start in range(0, len(weight), 1024):
-        bad = (~weight[start : start + 1024].isfinite()).nonzero()
+    for start in range(0, len(tensor), 1024):
+        bad = (~tensor[start : start + 1024].isfinite()).nonzero()
         if len(bad):
-            row, col = bad[0].tolist()
-            value = weight[start + row, col].item()
+            first, *rest = bad[0].tolist()
+            value = tensor[(start + first, *rest)].item()
+            place = ", ".join(map(str, (row0 + start + first, *rest)))
             raise CheckpointError(
-                f"tensor {name}[{row0 + start + row}, {col}] is {value}",
+                f"tensor {name}[{place}] is {value}",
                 hint="the checkpoint is damaged; fetch or convert it again",
             )

@@ -124,3 +124,12 @@ def load_tile(src, ld, transposed, row0, n_rows, col0, tile, stage):  # type: ig
         for r in range(lanes):
             largest = max(largest, np.int32(float_bits(out[r]) & ABS_MASK))
     return largest
+
+
+@jit
+def largest_bits(src):  # type: ignore[no-untyped-def]
+    """Bits of the largest absolute value of a flat array: INF_BITS or more means Inf or NaN."""
+    largest = np.int32(0)
+    for i in range(src.size):
+        largest = max(largest, np.int32(float_bits(to_float(src[i])) & ABS_MASK))
+    return largest

@@ -1,0 +1,78 @@
+"""`l4tool quantize`: options, one call, what is printed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from l4tool.core.errors import UsageError
+
+
+@click.command("quantize", short_help="Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--int4", "scheme", flag_value="int4", help="INT4 routed and shared experts.")
+@click.option("--fp8", "scheme", flag_value="fp8", help="FP8 per channel, activations quantized per token at run time.")
+@click.option("--mixed", "scheme", flag_value="mixed", help="INT4 routed experts, FP8 shared experts.")
+@click.option("--shared-experts/--no-shared-experts", default=True, help="Quantize shared experts too.  [default: yes]")
+@click.option(
+    "--attention", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
+    help="Attention as it is, or in FP8.",
+)  # fmt: skip
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share one INT4 scale.")
+@click.option(
+    "--scale", type=click.Choice(["absmax", "mse", "hqq"]),
+    help="How INT4 scales are chosen.  [default: mse; absmax with --format quanto]",
+)  # fmt: skip
+@click.option(
+    "--format", "format_", type=click.Choice(["compressed-tensors", "quanto"]), default="compressed-tensors",
+    show_default=True, help="Layout of the output.",
+)  # fmt: skip
+@click.option("--memory", default="8GiB", show_default=True, help="Most memory to use, page cache not counted.")
+@click.option("--jobs", type=click.IntRange(1), help="Tensors worked on at once.  [default: one per core]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Show sizes, shards and what fits; write nothing.")
+@click.option("--force", is_flag=True, help="Start afresh in a folder that another quantize run wrote.")
+def command(
+    source: Path,
+    out: Path,
+    scheme: str | None,
+    shared_experts: bool,
+    attention: str,
+    group_size: int,
+    scale: str | None,
+    format_: str,
+    memory: str,
+    jobs: int | None,
+    device: str,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Quantize the Llama 4 checkpoint in SRC (Hugging Face layout).
+
+    Interrupted or killed, the same command carries on where it stopped.
+    """
+    from l4tool.core.sizes import parse_bytes
+
+    memory_bytes = parse_bytes(memory)
+    if scheme is None:
+        raise UsageError("what shall it become?", hint="add --int4, --fp8 or --mixed")
+    from converters.detect import open_checkpoint
+    from quant import pipeline, report
+    from quant.schemes import make_recipe
+
+    recipe = make_recipe(scheme, shared_experts, attention, group_size, scale, format_)
+    options = pipeline.Options(
+        memory_bytes=memory_bytes, jobs=jobs, device=device, force=force, command=" ".join(["l4tool", *sys.argv[1:]])
+    )
+    reader = open_checkpoint(source)
+    try:
+        if dry_run:
+            plan, budget = pipeline.prepare(reader, None, recipe, options)
+            click.echo(report.render_plan(reader, recipe, plan, budget))
+        else:
+            click.echo(report.render(pipeline.quantize(reader, out, recipe, options)))
+    finally:
+        reader.close()

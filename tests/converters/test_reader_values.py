@@ -67,6 +67,7 @@ def test_reading_slices_of_a_fused_expert(scout_tiny):
     assert whole.stride() == (1, 2 * reader.arch.text.intermediate_size)
     rows = reader.read(name, slice(100, 164))
     assert rows.data_ptr() == whole[100:].data_ptr() and torch.equal(rows, whole[100:164])
+    reader.prefetch(name)
     reader.release(name)
     assert torch.equal(rows, whole[100:164])
 

@@ -83,6 +83,14 @@ def test_a_plan_keeps_to_the_limit_and_to_the_order():
         plan_shards([made[0], made[0]])
 
 
+def test_parts_of_one_linear_stay_together():
+    made = [TensorSpec(f"l{n}.{part}", (100,), torch.int32) for n in range(9) for part in ("packed", "scale", "shape")]
+    plans = plan_shards(made, 3000, together=lambda spec: spec.name.split(".")[0])
+    assert [len(plan.specs) for plan in plans] == [6, 6, 6, 6, 3]
+    alone = plan_shards(made, 1000, together=lambda spec: spec.name.split(".")[0])
+    assert [len(plan.specs) for plan in alone] == [3] * 9
+
+
 def test_rows_in_any_order_from_many_threads(tmp_path):
     made = {f"t{n}": torch.randn(64, 33, generator=torch.Generator().manual_seed(n)) for n in range(6)}
     (plan,) = plan_shards(specs(made))

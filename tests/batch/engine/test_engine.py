@@ -1,6 +1,7 @@
 """The engine end to end on tiny checkpoints: transformers' generate() is the oracle."""
 
 import dataclasses
+from random import Random
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def run(engine, prompts, sampling, images=None):
     return sequences
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def expected(scout_reference, maverick_reference):
     references = {"scout": scout_reference, "maverick": maverick_reference}
     return {name: [generate(r, p, 40) for p in random_prompts()] for name, r in references.items()}
@@ -77,35 +78,36 @@ def test_chunked_blocks_are_bounded_whatever_the_length(scout):
     assert engine.stats.peak_full_blocks >= 1500 // BLOCK
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sampled(scout):
     """Requests with every kind of sampling, and what each draws alone."""
-    prompts = random_prompts((3, 40, 33, 90, 12, 64), seed=5)
+    prompts = random_prompts((3, 40, 33, 70, 12, 64), seed=5)
     sampling = [
-        SamplingParams(30, temperature=1.0, seed=1),
-        SamplingParams(30, temperature=0.7, top_p=0.9, seed=2),
-        SamplingParams(30, temperature=1.3, top_k=40, seed=3),
-        SamplingParams(30, temperature=1.0, min_p=0.1, seed=4),
-        SamplingParams(30),
-        SamplingParams(30, temperature=1.0, seed=1),
+        SamplingParams(12, temperature=1.0, seed=1),
+        SamplingParams(12, temperature=0.7, top_p=0.9, seed=2),
+        SamplingParams(12, temperature=1.3, top_k=40, seed=3),
+        SamplingParams(12, temperature=1.0, min_p=0.1, seed=4),
+        SamplingParams(12),
+        SamplingParams(12, temperature=1.0, seed=1),
     ]
     alone = [run(make_engine(scout), [p], s)[0].output for p, s in zip(prompts, sampling, strict=True)]
     return prompts, sampling, alone
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_line_and_its_seed_alone_decide_the_output(scout, sampled, data):
     prompts, sampling, alone = sampled
-    order = data.draw(st.lists(st.sampled_from(range(6)), min_size=1, max_size=9))
+    order = data.draw(st.lists(st.sampled_from(range(6)), min_size=1, max_size=8))
+    random = Random(data.draw(st.integers(0, 1000)))
     max_seqs = data.draw(st.integers(1, 9))
     engine = make_engine(
-        scout, data.draw(st.integers(8, 30)) * PAIR_BYTES["scout"], data.draw(st.integers(max_seqs, 200)), max_seqs
+        scout, data.draw(st.integers(6, 24)) * PAIR_BYTES["scout"], data.draw(st.integers(max_seqs + 8, 200)), max_seqs
     )
     sequences = [engine.add(i, prompts[i], sampling[i]) for i in order]
     while engine.has_work:
         engine.step()
-        if engine.scheduler.running and data.draw(st.integers(0, 9)) == 0:
+        if len(engine.scheduler.running) > 1 and random.random() < 0.1:
             engine.scheduler.preempt(engine.scheduler.running[-1])
     for sequence in sequences:
         assert sequence.output == alone[sequence.handle]
@@ -145,7 +147,7 @@ def image_prompt(arch, pictures, seed):
     return prompt
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def illustrated(scout, scout_reference):
     """Prompts with one tile, several tiles, several pictures, and transformers' greedy tokens for them."""
     arch = scout.arch

@@ -150,7 +150,7 @@ def test_sequences_may_be_ended_or_preempted_from_outside_at_any_time(workload, 
     while scheduler.running or scheduler.waiting:
         plan = scheduler.schedule()
         book(scheduler, plan)
-        if scheduler.running and random.random() < 0.2:
+        if len(scheduler.running) > 1 and random.random() < 0.2:
             scheduler.preempt(scheduler.running[-1])
         live = [*scheduler.running, *scheduler.waiting]
         if live and random.random() < 0.2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.bad(name, "a number")
-        if not math.isfinite(value) or not above < value <= high:
+        if not above < value <= high:  # also refuses NaN
             raise self.bad(name, f"a number above {above:g} and at most {high:g}")
         return float(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class CheckpointFolder:
         for name, file_name in weight_map.items():
             _check_file_name(index, name, file_name)
             names_by_file.setdefault(file_name, set()).add(name)
-        missing = [file_name for file_name in names_by_file if not (self.path / file_name).is_file()]
+        missing = [file_name for file_name in names_by_file if not os.path.isfile(self.path / file_name)]
         if missing:
             raise InputMissing(
                 f"{index} names {len(missing)} file(s) that do not exist: {shorten(missing)}",

@@ -114,6 +114,8 @@ TEXT_ERRORS = [
     ("rms_norm_eps", float("nan"), "rms_norm_eps"),
     ("eos_token_id", [200001, 300000], "eos_token_id"),
     ("rope_theta", float("inf"), "rope_theta"),
+    ("rope_theta", 10**400, "rope_theta"),
+    ("hidden_size", 10**400, "hidden_size"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_type"),
     ("rope_scaling", {"rope_type": "llama3", "factor": 0.0, "low_freq_factor": 1, "high_freq_factor": 4,
                       "original_max_position_embeddings": 8192}, "factor"),
@@ -193,7 +195,7 @@ def test_files_that_are_not_text(tmp_path):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from([0, 1, -1, 2**63, 1e400, "llama3", "default", [], {}, [0], [1] * 48, [None], 0.5, 128, 1 << 20]),
+    | st.sampled_from([0, 1, -1, 2**63, 10**400,  1e400, "llama3", "default", [], {}, [0], [1] * 48, [None], 0.5, 128, 1 << 20]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=4,
 )  # fmt: skip

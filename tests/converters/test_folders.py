@@ -59,6 +59,12 @@ def test_missing_shard(folder):
     assert shard.name in refused(folder, "1 file\\(s\\) that do not exist", InputMissing).message
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "nöne.safetensors"])
+def test_file_names_that_no_file_can_have(folder, name):
+    edit_index(folder, lambda index: index["weight_map"].update({Q_PROJ: name}))
+    refused(folder, "do not exist", InputMissing)
+
+
 def test_truncated_shard(folder):
     shard = checkpoints.shards(folder)[1]
     os.truncate(shard, shard.stat().st_size - 100)

@@ -48,15 +48,15 @@ def int4(weight: torch.Tensor, group_size: int, scale_method: str, name: str = "
 
     packed = torch.empty(rows, cols // 8, dtype=torch.int32)
     scale = torch.empty(rows, cols // group_size, dtype=torch.bfloat16)
-    error, square = np.empty(rows), np.empty(rows)
+    row_error, row_square = np.empty(rows), np.empty(rows)
     source, stride, transposed = _flat(weight)
     bf16 = weight.dtype == torch.bfloat16
     bad = int4_rows(
-        source, stride, transposed, scale_method == "mse", bf16, packed.numpy(), _bits(scale), error, square
+        source, stride, transposed, scale_method == "mse", bf16, packed.numpy(), _bits(scale), row_error, row_square
     )
     if bad >= 0:
         _require_finite(weight, name, row0)
-    return Int4(packed, scale, torch.from_numpy(error), torch.from_numpy(square))
+    return Int4(packed, scale, torch.from_numpy(row_error), torch.from_numpy(row_square))
 
 
 def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
@@ -71,13 +71,13 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
 
     out = torch.empty(rows, cols, dtype=torch.uint8)
     scale = torch.empty(rows, 1, dtype=torch.bfloat16)
-    error, square = np.empty(rows), np.empty(rows)
+    row_error, row_square = np.empty(rows), np.empty(rows)
     source, stride, transposed = _flat(weight)
     bf16 = weight.dtype == torch.bfloat16
-    bad = fp8_rows(source, stride, transposed, bf16, out.numpy(), _bits(scale)[:, 0], error, square)
+    bad = fp8_rows(source, stride, transposed, bf16, out.numpy(), _bits(scale)[:, 0], row_error, row_square)
     if bad >= 0:
         _require_finite(weight, name, row0)
-    return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(error), torch.from_numpy(square))
+    return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(row_error), torch.from_numpy(row_square))
 
 
 def require_finite(tensor: torch.Tensor, name: str, row0: int = 0) -> None:
@@ -117,7 +117,7 @@ def _require_finite(tensor: torch.Tensor, name: str, row0: int) -> None:
         bad = (~tensor[start : start + 1024].isfinite()).nonzero()
         if len(bad):
             first, *rest = bad[0].tolist()
-            value = tensor[(start + first, *rest)].item()
+            value = tensor[start + first][tuple(rest)].item()
             place = ", ".join(map(str, (row0 + start + first, *rest)))
             raise CheckpointError(
                 f"tensor {name}[{place}] is {value}",

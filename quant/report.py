@@ -47,7 +47,7 @@ def build(
     kinds = {item.info.name: item.encoder.kind for items in plan.items for item in items}
     sums = {name: pair for shard in plan.shards for name, pair in shards[shard.file_name]["tensors"].items()}
     tensors = {name: {"kind": kinds[name], **_errors(*sums[name])} for name in kinds if name in sums}
-    errors = [entry["relative_error"] for entry in tensors.values()]
+    errors = [_relative(*pair) for pair in sums.values()]
     total_error, total_square = math.fsum(p[0] for p in sums.values()), math.fsum(p[1] for p in sums.values())
     fit = memory.fit(reader.arch, plan.output_bytes)
     return {
@@ -75,8 +75,12 @@ def build(
     }
 
 
+def _relative(error: float, square: float) -> float:
+    return math.sqrt(error / square) if square else 0.0
+
+
 def _errors(error: float, square: float) -> dict[str, float | None]:
-    relative = math.sqrt(error / square) if square else 0.0
+    relative = _relative(error, square)
     return {"relative_error": relative, "sqnr_db": -20 * math.log10(relative) if relative else None}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from converters.fields import Fields, read_json_object
 from l4tool.core.arch import Arch, RopeScaling, TextArch, VisionArch
-from l4tool.core.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS, MAX_EXPERTS = 512, 1024  # beyond any Llama 4; a larger name table would only eat memory
@@ -244,6 +243,3 @@ def _check_vision(f: Fields, arch: VisionArch) -> None:
         raise f.bad("projector_input_dim", f"projector_output_dim {arch.projector_output_dim}")
     if arch.output_dim != arch.projector_output_dim:
         raise f.bad("vision_output_dim", f"projector_output_dim {arch.projector_output_dim}")
-
-
-__all__ = ["CheckpointError", "arch_from_config", "read_arch"]

@@ -12,6 +12,7 @@ from batch.schema import Line
 from l4tool.core.errors import CheckpointError
 
 DEFAULT_MAX_TOKENS = 1024
+GREEDY_BELOW = 1e-4  # lower temperatures overflow float32 logits and mean greedy anyway
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_p": (0, 1),
@@ -76,12 +77,13 @@ class SamplingDefaults:
         given = line.sampling
         limits = [n for n in (given.max_completion_tokens, given.max_tokens) if n is not None]
         top_k = self.top_k if given.top_k is None else max(given.top_k, 0)
+        temperature = self.temperature if given.temperature is None else given.temperature
         stop_ids = frozenset(given.stop_token_ids or ())
         return SamplingParams(
             max_tokens=min(min(limits) if limits else self.max_tokens, room),
-            temperature=self.temperature if given.temperature is None else given.temperature,
+            temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
             top_p=self.top_p if given.top_p is None else given.top_p,
-            top_k=top_k,
+            top_k=min(top_k, 2**31 - 1),
             min_p=self.min_p if given.min_p is None else given.min_p,
             seed=self.line_seed(line_bytes) if given.seed is None else given.seed % 2**63,
             stop_token_ids=stop_ids if given.ignore_eos else stop_ids | self.end_token_ids,

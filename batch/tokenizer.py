@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ class Tokenizer:
         model.encode_special_tokens = True
         self.control_tokens: dict[str, int] = {token.content: index for index, token in added.items()}
         self.special_ids = frozenset(added)
-        long = sorted((token for token in self.control_tokens if len(token) > 1), key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, long)) + ")") if long else re.compile("(?!)")
+        self._control = re.compile(f"({_any_of(token for token in self.control_tokens if len(token) > 1)})")
         self.vocab_size = max([model.get_vocab_size(with_added_tokens=False) - 1, *added]) + 1
         self._encode_short = lru_cache(maxsize=1024)(self._encode)
 
@@ -95,6 +95,26 @@ class Tokenizer:
             return bytes(_BYTE_OF_CHAR[char] for char in piece)
         except KeyError:
             return piece.encode("utf-8")
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A regex for any of the words, the longest first, as a trie: the 2048 special tokens share "<|"."""
+    root: dict[str, Any] = {}
+    for word in words:
+        node = root
+        for char in word:
+            node = node.setdefault(char, {})
+        node[""] = {}  # a word may end here
+    return _trie_regex(root) if root else "(?!)"
+
+
+def _trie_regex(node: dict[str, Any]) -> str:
+    branches = [re.escape(char) + _trie_regex(child) for char, child in node.items() if char]
+    if not branches:
+        return ""
+    if len(branches) == 1 and "" not in node:
+        return branches[0]
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")
 
 
 def _as_special(token: AddedToken) -> AddedToken:

@@ -1,10 +1,12 @@
 """The tokenizer against Meta's (tiktoken) and transformers'."""
 
+import re
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch.tokenizer import Tokenizer
+from batch.tokenizer import Tokenizer, _any_of
 from l4tool.core.errors import CheckpointError
 
 TEXTS = [
@@ -73,3 +75,9 @@ def test_missing_and_broken_files_are_clear_errors(tmp_path):
 def test_unknown_control_token_is_named(tokenizer):
     with pytest.raises(CheckpointError, match=r"<.nonsense.>"):
         tokenizer.control_id("<|nonsense|>")
+
+
+def test_the_longest_of_overlapping_words_wins():
+    pattern = re.compile(f"({_any_of(['ab', 'abc', 'abd', 'x|', 'x|y'])})")
+    assert pattern.split("abcabdabx|yx|z") == ["", "abc", "", "abd", "", "ab", "", "x|y", "", "x|", "z"]
+    assert not re.search(_any_of([]), "anything")

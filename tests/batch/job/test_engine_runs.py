@@ -1,0 +1,70 @@
+"""The job over the real engine: the same line says the same whatever else is in the file (float32, CPU)."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from batch.job import BatchOptions, run_batch
+
+LINES = [
+    {"id": "sampled", "prompt": "Tell me about the sea.", "temperature": 1.0, "top_p": 0.9, "max_tokens": 12},
+    {"id": "picture", "prompt": "What is this?", "images": ["wide.png"], "temperature": 1.0, "max_tokens": 12},
+    {
+        "id": "several",
+        "prompt": "Three names",
+        "n": 3,
+        "seed": 5,
+        "temperature": 1.0,
+        "max_tokens": 8,
+        "logprobs": True,
+    },
+    {"id": "greedy", "prompt": "word " * 60, "temperature": 0, "max_tokens": 12},
+]
+
+
+@pytest.fixture
+def answers(tmp_path, scout_tiny):
+    Image.linear_gradient("L").resize((150, 60)).save(tmp_path / "wide.png")
+
+    def call(lines, **options):
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = run_batch(BatchOptions(source, target, scout_tiny, force=True, dtype="float32", **options))
+        assert summary.num_errors == 0
+        return {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+
+    return call
+
+
+def test_a_line_says_the_same_in_any_company(answers):
+    together = answers(LINES)
+    filler = [{"id": i, "prompt": f"filler {i} " * (i % 40 + 1), "max_tokens": 5} for i in range(30)]
+    crowded = answers(filler[:15] + LINES[::-1] + filler[15:], max_batch_tokens=64)
+    for line in LINES:
+        alone = answers([line])[line["id"]]
+        for other in (together[line["id"]], crowded[line["id"]]):
+            assert strip(other) == strip(alone)
+            assert logprobs(other) == pytest.approx(logprobs(alone), abs=1e-4)
+
+
+def strip(line):
+    return {k: v for k, v in line.items() if k not in ("logprobs", "choices")} | {"texts": texts(line)}
+
+
+def texts(line):
+    return [choice["text"] for choice in line.get("choices", [line])]
+
+
+def logprobs(line):
+    return [token["logprob"] for choice in line.get("choices", [line]) for token in choice.get("logprobs", [])]
+
+
+def test_stop_strings_and_limits(answers):
+    (free,) = answers([{**LINES[3], "max_tokens": 20}]).values()
+    assert free["finish_reason"] in ("length", "stop") and free["text"]
+    word = free["text"].split()[1][:4]
+    (stopped,) = answers([{**LINES[3], "max_tokens": 20, "stop": [word]}]).values()
+    assert stopped["finish_reason"] == "stop" and stopped["text"] == free["text"][: free["text"].index(word)]
+    (ended,) = answers([{**LINES[3], "max_tokens": 1}]).values()
+    assert ended["finish_reason"] == "length" and ended["usage"]["completion_tokens"] == 1

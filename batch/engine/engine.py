@@ -24,6 +24,7 @@ from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
 
 MAX_POOL_BLOCKS = 1 << 20  # bounds the bookkeeping where a kind of layer is absent and its blocks cost nothing
+FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
 GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
 
 
@@ -78,6 +79,7 @@ class Engine:
         self.runner = Runner(model, self.blocks)
         self.stats = EngineStats()
         self._good_steps = 0
+        self._failures_in_a_row = 0
 
     # -- the way in and out
 
@@ -211,6 +213,9 @@ class Engine:
         if len(plan) > 1:
             # Each alone, so that only the culprit fails; one that was preempted meanwhile waits for its next plan.
             return [s for piece in plan if piece.sequence in self.scheduler.running for s in self._run([piece])]
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+            raise error
         return [self._fail(plan[0].sequence, "model_error", f"{type(error).__name__}: {error}")]
 
     def _limit(self, tokens: int) -> None:
@@ -278,6 +283,7 @@ class Engine:
         stats.build_s += times[1] - times[0]
         stats.model_s += times[2] - times[1]
         stats.sample_s += times[3] - times[2]
+        self._failures_in_a_row = 0
         self._good_steps += 1
         limit = self.scheduler.max_batch_tokens
         if limit < self.config.max_batch_tokens and self._good_steps >= GOOD_STEPS_TO_GROW:

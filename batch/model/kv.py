@@ -5,14 +5,17 @@ Legend: B tokens per block, K kv heads, D head_dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from l4tool.core.arch import TextArch
 
 Kind = Literal["full", "chunked"]
+CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -49,5 +52,15 @@ def allocate(
         for has_rope in arch.rope_layers:
             blocks = num_chunked_blocks if has_rope else num_full_blocks
             shape = (blocks, block_size, arch.num_kv_heads, arch.head_dim)
-            pool.append(torch.zeros(shape, dtype=dtype, device=device))
+            pool.append(_zeros(shape, dtype, device))
     return KVCache(tuple(pools[0]), tuple(pools[1]), block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that on the CPU take memory only where a block is used: calloc, while torch.zeros touches every page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(num_bytes + CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)

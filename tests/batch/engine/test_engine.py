@@ -312,6 +312,15 @@ def test_a_failing_sequence_does_not_take_its_mates_down(scout, expected, monkey
     assert "not finite" in broken.error[1]
 
 
+def test_a_model_that_only_fails_stops_the_run(scout, monkeypatch):
+    def broken(model, step, kv):
+        raise ImportError("no such kernel")
+
+    monkeypatch.setattr(type(scout), "forward", broken)
+    with pytest.raises(ImportError, match="no such kernel"):
+        run(make_engine(scout), random_prompts((5,) * 20), SamplingParams(3))
+
+
 def test_a_failing_image_fails_its_own_sequence_only(scout, illustrated, monkeypatch):
     prompts, pictures, expected = illustrated
     encode = type(scout).encode_images

@@ -1,22 +1,81 @@
-"""The one dispatcher: each op goes to the fastest implementation for its device and dtype, else to reference.py."""
+"""The one dispatcher: CPU tensors go to the compiled kernels of cpu.py, everything else to reference.py.
+
+Arguments and results are those of the functions of the same names in reference.py.
+"""
 
 from __future__ import annotations
 
-from batch.kernels.reference import (
-    add_rms_norm,
-    linear,
-    mlp,
-    nope_qk,
-    paged_attention,
-    rms_norm,
-    rope_qk,
-    route,
-    routed_experts,
-    silu_mul,
-    write_kv,
-)
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
 
-__all__ = [
-    "add_rms_norm", "linear", "mlp", "nope_qk", "paged_attention", "rms_norm", "rope_qk", "route", "routed_experts",
-    "silu_mul", "write_kv",
-]  # fmt: skip
+import torch
+
+from batch.kernels import reference
+from batch.kernels.linears import Experts, Linear
+from batch.kernels.paging import PagedBatch
+
+CPU_DTYPES = (torch.bfloat16, torch.float32)
+_reference_only = False
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Run everything through reference.py, as a device without kernels does."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+@functools.cache
+def _cpu() -> Any:
+    """Imported on first use: it compiles kernels, or reads them from numba's cache."""
+    from batch.kernels import cpu
+
+    return cpu
+
+
+def _kernels(x: torch.Tensor) -> Any:
+    if x.device.type == "cpu" and x.dtype in CPU_DTYPES and not _reference_only:
+        return _cpu()
+    return reference
+
+
+def add_rms_norm(
+    residual: torch.Tensor, deltas: tuple[torch.Tensor, ...], weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return _kernels(residual).add_rms_norm(residual, deltas, weight, eps)
+
+
+def store_qkv(
+    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    kernels = _kernels(qkv)
+    return kernels.store_qkv(qkv, num_heads, k_cache, v_cache, slots, rotation, norm_eps, q_scale)
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
+) -> torch.Tensor:
+    return _kernels(q).paged_attention(q, k_cache, v_cache, batch, scale)
+
+
+def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
+    return _kernels(x).linear(x, weight)
+
+
+def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
+    return _kernels(x).mlp(x, gate_up, down)
+
+
+def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels(x).route(x, router)
+
+
+def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, weights: Experts) -> torch.Tensor:
+    return _kernels(x).routed_experts(x, expert, score, weights)

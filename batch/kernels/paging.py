@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Work items of CPU attention: rows begin:end of q belong to sequence seq; int32 tensors of one length."""
+
+    seq: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+
+
 @dataclass
 class PagedBatch:
     """Legend: S sequences in the step.
@@ -23,6 +32,7 @@ class PagedBatch:
     max_query_len: int
     max_context_len: int
     _ranges: list[tuple[int, int, int]] | None = field(default=None, repr=False)
+    _blocks: dict[int, QueryBlocks] = field(default_factory=dict, repr=False)
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """(first row, end row, cached length) per sequence; read back from the device once per step."""
@@ -30,3 +40,16 @@ class PagedBatch:
             rows, cached = self.query_start.tolist(), self.cached_len.tolist()
             self._ranges = list(zip(rows, rows[1:], cached, strict=False))
         return iter(self._ranges)
+
+    def query_blocks(self, size: int) -> QueryBlocks:
+        """All sequences' rows cut into blocks of at most `size`, the longest contexts first."""
+        if size not in self._blocks:
+            cut = [
+                (context, seq, row, min(row + size, end))
+                for seq, (begin, end, context) in enumerate(self.ranges())
+                for row in range(begin, end, size)
+            ]
+            cut.sort(reverse=True)
+            columns = torch.tensor([item[1:] for item in cut], dtype=torch.int32).reshape(-1, 3).T.contiguous()
+            self._blocks[size] = QueryBlocks(columns[0], columns[1], columns[2])
+        return self._blocks[size]

@@ -22,9 +22,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return wide.to(x.dtype) * weight
 
 
-def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """residual += delta in place (both [T, H]); returns rms_norm(residual)."""
-    residual.add_(delta)
+def add_rms_norm(
+    residual: torch.Tensor, deltas: tuple[torch.Tensor, ...], weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """residual [T, H] += the sum of 0 to 2 deltas [T, H], in place; returns rms_norm(residual)."""
+    if deltas:
+        residual.add_(deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0])
     return rms_norm(residual, weight, eps)
 
 
@@ -48,25 +51,25 @@ def l2_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rope_qk(
-    qkv: torch.Tensor, num_heads: int, num_kv_heads: int, cos: torch.Tensor, sin: torch.Tensor, norm_eps: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """qkv [T, (A + 2K)·D] of a rope layer → q [T, A, D], k [T, K, D], v [T, K, D]; norm_eps None means no QK norm."""
-    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    q, k = rotate(q, cos, sin).to(qkv.dtype), rotate(k, cos, sin).to(qkv.dtype)
-    if norm_eps is not None:
-        q, k = l2_norm(q, norm_eps), l2_norm(k, norm_eps)
-    return q, k, v
+def store_qkv(
+    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """qkv [T, (A + 2K)·D] → q [T, A, D]; k and v go into the caches [num_blocks, B, K, D] at slots int64 [T].
 
-
-def nope_qk(
-    qkv: torch.Tensor, num_heads: int, num_kv_heads: int, q_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """qkv of a NoPE layer → q, k, v as rope_qk; q_scale float32 [T] is the temperature of each position."""
-    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    if q_scale is not None:
+    Rope layers give `rotation` (cos, sin float32 [T, D/2]) and, for QK norm after it, `norm_eps`; NoPE layers give
+    `q_scale` float32 [T] (temperature) or None.
+    """
+    q, k, v = split_qkv(qkv, num_heads, k_cache.shape[2])
+    if rotation is not None:
+        q, k = rotate(q, *rotation).to(qkv.dtype), rotate(k, *rotation).to(qkv.dtype)
+        if norm_eps is not None:
+            q, k = l2_norm(q, norm_eps), l2_norm(k, norm_eps)
+    elif q_scale is not None:
         q = (q * q_scale[:, None, None]).to(qkv.dtype)  # [T, A, D] · [T, 1, 1]
-    return q, k, v
+    k_cache.flatten(0, 1)[slots] = k  # [num_blocks · B, K, D]
+    v_cache.flatten(0, 1)[slots] = v
+    return q.contiguous()
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,14 +77,6 @@ def split_qkv(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[tor
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))  # [T, A + 2K, D]
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     return q, k, v
-
-
-def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """k, v [T, K, D] into caches [num_blocks, B, K, D] at slots int64 [T]."""
-    k_cache.flatten(0, 1)[slots] = k  # [num_blocks · B, K, D]
-    v_cache.flatten(0, 1)[slots] = v
 
 
 def paged_attention(
@@ -186,10 +181,15 @@ def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     return linear(silu_mul(linear(x, gate_up)), down)
 
 
-def route(x: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-1 routing: x [T, H], router [E, H] → expert int64 [T], score [T] = sigmoid(logit) rounded to x's dtype."""
-    best, expert = F.linear(x, router).max(dim=-1)  # [T]
-    return expert, best.float().sigmoid().to(x.dtype)
+def sigmoid(logit: torch.Tensor) -> torch.Tensor:
+    """float32 sigmoid, by way of float64: torch's float32 one depends, in the last bit, on the place in the tensor."""
+    return logit.double().sigmoid().float()
+
+
+def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-1 routing: x [T, H], router H → E; expert int64 [T], score [T] = sigmoid(logit) rounded to x's dtype."""
+    best, expert = linear(x, router).max(dim=-1)  # [T]
+    return expert, sigmoid(best).to(x.dtype)
 
 
 def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, weights: Experts) -> torch.Tensor:

@@ -29,9 +29,13 @@ def inverse_frequencies(arch: TextArch) -> torch.Tensor:
 
 
 def cos_sin(positions: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions int64 [T], inverse [D/2] → cos and sin, float32 [T, D/2]."""
-    angles = positions.float()[:, None] * inverse  # [T, D/2]
-    return angles.cos(), angles.sin()
+    """positions int64 [T], inverse [D/2] → cos and sin, float32 [T, D/2].
+
+    The functions are taken in float64 here and below: torch's float32 ones may give a position another last bit when
+    it stands elsewhere in the tensor (vector body or scalar tail).
+    """
+    angles = (positions.float()[:, None] * inverse).double()  # [T, D/2]
+    return angles.cos().float(), angles.sin().float()
 
 
 def temperature(positions: torch.Tensor, arch: TextArch) -> torch.Tensor | None:
@@ -39,4 +43,4 @@ def temperature(positions: torch.Tensor, arch: TextArch) -> torch.Tensor | None:
     if not arch.attn_temperature_tuning:
         return None
     steps = torch.floor((positions.float() + 1.0) / arch.floor_scale)
-    return torch.log1p(steps) * arch.attn_scale + 1.0
+    return torch.log1p(steps.double()).float() * arch.attn_scale + 1.0

@@ -41,16 +41,17 @@ class TextModel:
         """One step: writes the tokens' keys and values into `kv`, returns logits float32 [N, V]."""
         hidden = self._embed(step)  # [T, H]
         tables = self._tables(step)
-        delta: torch.Tensor | None = None  # what the layer before still has to add to `hidden`
+        deltas: tuple[torch.Tensor, ...] = ()  # what the layer before still has to add to `hidden`
         for index, layer in enumerate(self.weights.layers):
-            normed = self._add_norm(hidden, delta, layer.input_norm)  # [T, H]
+            normed = ops.add_rms_norm(hidden, deltas, layer.input_norm, self.arch.rms_norm_eps)  # [T, H]
             attended = self._attention(index, layer, normed, step, tables, kv)  # [T, H]
-            normed = self._add_norm(hidden, attended, layer.post_norm)  # [T, H]
-            delta = feed_forward(normed, layer.feed_forward)  # [T, H]
-        assert delta is not None
-        rows = hidden[step.logits_rows] + delta[step.logits_rows]  # [N, H]
-        normed = ops.rms_norm(rows, self.weights.norm, self.arch.rms_norm_eps)
-        return ops.linear(normed, self.weights.lm_head).float()  # [N, V]
+            normed = ops.add_rms_norm(hidden, (attended,), layer.post_norm, self.arch.rms_norm_eps)
+            deltas = feed_forward(normed, layer.feed_forward)  # 1 or 2 × [T, H]
+        rows = step.logits_rows
+        last = ops.add_rms_norm(
+            hidden[rows], tuple(delta[rows] for delta in deltas), self.weights.norm, self.arch.rms_norm_eps
+        )  # [N, H]
+        return ops.linear(last, self.weights.lm_head).float()  # [N, V]
 
     def _embed(self, step: StepInput) -> torch.Tensor:
         hidden = self.weights.embed[step.token_ids]  # [T, H]
@@ -70,25 +71,21 @@ class TextModel:
             chunked=paged_batch(step, step.chunked, longest_chunk),
         )
 
-    def _add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        if delta is None:
-            return ops.rms_norm(hidden, weight, self.arch.rms_norm_eps)
-        return ops.add_rms_norm(hidden, delta, weight, self.arch.rms_norm_eps)
-
     def _attention(
         self, index: int, layer: LayerWeights, x: torch.Tensor, step: StepInput, tables: StepTables, kv: KVCache
     ) -> torch.Tensor:
         arch = self.arch
         qkv = ops.linear(x, layer.qkv)  # [T, (A + 2K)·D]
+        keys, values = kv.k[index], kv.v[index]
         if arch.rope_layers[index]:
-            eps = arch.rms_norm_eps if arch.use_qk_norm else None
-            q, k, v = ops.rope_qk(qkv, arch.num_heads, arch.num_kv_heads, tables.cos, tables.sin, eps)
             where, batch = step.chunked, tables.chunked
+            eps = arch.rms_norm_eps if arch.use_qk_norm else None
+            rotation = (tables.cos, tables.sin)
+            q = ops.store_qkv(qkv, arch.num_heads, keys, values, where.slots, rotation, eps, None)  # [T, A, D]
         else:
-            q, k, v = ops.nope_qk(qkv, arch.num_heads, arch.num_kv_heads, tables.q_scale)
             where, batch = step.full, tables.full
-        ops.write_kv(k, v, kv.k[index], kv.v[index], where.slots)
-        out = ops.paged_attention(q, kv.k[index], kv.v[index], batch, self.scale)  # [T, A·D]
+            q = ops.store_qkv(qkv, arch.num_heads, keys, values, where.slots, None, None, tables.q_scale)
+        out = ops.paged_attention(q, keys, values, batch, self.scale)  # [T, A·D]
         return ops.linear(out, layer.o)  # [T, H]
 
 
@@ -98,10 +95,10 @@ def paged_batch(step: StepInput, kind: PagedKind, max_context_len: int) -> Paged
     return PagedBatch(kind.block_table, step.query_start, cached, step.max_query_len, max_context_len)
 
 
-def feed_forward(x: torch.Tensor, weights: MoeWeights | MlpWeights) -> torch.Tensor:
-    """x [T, H] → [T, H]: one dense MLP, or the shared expert plus each token's routed expert."""
+def feed_forward(x: torch.Tensor, weights: MoeWeights | MlpWeights) -> tuple[torch.Tensor, ...]:
+    """x [T, H] → what to add to the residual, each [T, H]: one dense MLP's output, or the shared and the routed one."""
     if isinstance(weights, MlpWeights):
-        return ops.mlp(x, weights.gate_up, weights.down)
+        return (ops.mlp(x, weights.gate_up, weights.down),)
     expert, score = ops.route(x, weights.router)  # [T], [T]
-    out = ops.mlp(x, weights.shared_gate_up, weights.shared_down)
-    return out.add_(ops.routed_experts(x, expert, score, weights.experts))
+    shared = ops.mlp(x, weights.shared_gate_up, weights.shared_down)
+    return shared, ops.routed_experts(x, expert, score, weights.experts)

@@ -23,9 +23,9 @@ MODEL = "language_model.model."
 
 @dataclass(frozen=True, eq=False)
 class MoeWeights:
-    """router [E, H]; `experts` per expert; the shared expert is an MLP that sees every token."""
+    """router H → E; `experts` per expert; the shared expert is an MLP that sees every token."""
 
-    router: torch.Tensor
+    router: Linear
     experts: Experts
     shared_gate_up: Linear
     shared_down: Linear
@@ -151,7 +151,7 @@ def _load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
     if arch.is_moe(layer):
         shared = feed_forward + "shared_expert."
         weights = MoeWeights(
-            router=loader.tensor(feed_forward + "router.weight"),
+            router=loader.linear(feed_forward + "router"),
             experts=loader.experts(feed_forward + "experts.", arch.num_experts),
             shared_gate_up=loader.linear(shared + "gate_proj", shared + "up_proj"),
             shared_down=loader.linear(shared + "down_proj"),

@@ -1,0 +1,184 @@
+"""Paged attention on the CPU, float32 and bfloat16: keys and values are read where they lie, block by block.
+
+Online softmax over tiles of 32 keys counted from slot 0, in float32. A query's result depends on its keys alone, not on
+which queries share the step. Legend: T query rows, A heads, K kv heads, G = A / K, D head_dim, B tokens per block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+
+from batch.kernels import parallel
+from batch.kernels.cpu_linear import dot_rows
+from batch.kernels.paging import PagedBatch
+from batch.kernels.simd import bits_to_float, elements_at, exp_f32, narrow, size_of, take_item
+from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, mix_tile
+
+KEYS = 32  # keys per softmax tile
+MAX_ROWS = 48  # query rows (queries · G) per work item
+MIX_COLUMNS = 32
+_LOWEST = np.float32(-3.0e38)
+
+_mix_1, _mix_2, _mix_3, _mix_4, _mix_5, _mix_6 = (mix_tile(rows) for rows in range(1, TILE_ROWS + 1))
+
+
+@njit(cache=True)
+def _mix_rows(like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, count: Any, out: Any, out_bytes: Any):  # type: ignore[no-untyped-def]
+    """out[m] += Σ_j p[m, j] · v[j] for 1 to 6 rows; see `tiles.mix_tile`."""
+    if rows == 6:
+        _mix_6(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+    elif rows == 5:
+        _mix_5(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+    elif rows == 4:
+        _mix_4(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+    elif rows == 3:
+        _mix_3(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+    elif rows == 2:
+        _mix_2(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+    else:
+        _mix_1(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
+
+
+@njit(cache=True)
+def _score_tile(like: Any, rows: Any, q: Any, keys: Any, key_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, width: Any, scores: Any):  # type: ignore[no-untyped-def]  # fmt: skip
+    """float32 scores [rows, KEYS] of positions first … first + count (rounded up to 4, inside one block)."""
+    for j in range(0, count, TILE_COLUMNS):
+        position = first + j
+        at = keys + np.int64(table[position // block_size]) * block_bytes + position % block_size * key_bytes
+        for row in range(0, rows, TILE_ROWS):
+            target = scores + 4 * (row * KEYS + j)
+            dot_rows(like, min(TILE_ROWS, rows - row), q + row * width, width, at, key_bytes, width, target, 4 * KEYS)
+
+
+@njit(cache=True)
+def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mixed: Any) -> Any:
+    """One row's tile: scores [KEYS] become weights in place; rescales its sums [16] and mixed [D]; returns the max."""
+    highest = best
+    for j in range(visible):
+        scores[j] *= scale
+        highest = max(highest, scores[j])
+    for j in range(visible, KEYS):
+        scores[j] = _LOWEST
+    for j in range(KEYS):
+        scores[j] = exp_f32(max(scores[j] - highest, np.float32(-87.0)))
+    for j in range(visible, KEYS):
+        scores[j] = np.float32(0.0)
+    if highest > best:
+        shrink = exp_f32(max(best - highest, np.float32(-87.0)))
+        for i in range(16):
+            sums[i] *= shrink
+        for d in range(mixed.size):
+            mixed[d] *= shrink
+    for i in range(16):
+        sums[i] += scores[i] + scores[16 + i]
+    return highest
+
+
+@njit(cache=True)
+def _mix_tile_rows(like: Any, rows: Any, dim: Any, weights: Any, values: Any, value_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, mixed: Any):  # type: ignore[no-untyped-def]  # fmt: skip
+    """mixed [rows, D] += weights [rows, KEYS] · values of positions first … first + count, in order of position."""
+    done = 0
+    while done < count:
+        position = first + done
+        take = min(count - done, block_size - position % block_size)
+        at = values + np.int64(table[position // block_size]) * block_bytes + position % block_size * value_bytes
+        for row in range(0, rows, TILE_ROWS):
+            part = min(TILE_ROWS, rows - row)
+            p = weights + 4 * (row * KEYS + done)
+            for d in range(0, dim, MIX_COLUMNS):
+                target = mixed + 4 * (row * dim + d)
+                _mix_rows(like, part, p, 4 * KEYS, at + d * size_of(like), value_bytes, take, target, 4 * dim)
+        done += take
+
+
+@njit(cache=True)
+def _attend(job: Any, like: Any) -> None:
+    args = elements_at(job, np.int64(0))
+    i32 = np.int32(0)
+    items, q, out = args[1], elements_at(args[2], like), elements_at(args[5], like)
+    keys, values, tables, table_width = args[3], args[4], args[6], args[7]
+    item_seq, item_row, item_end = elements_at(args[8], i32), elements_at(args[9], i32), elements_at(args[10], i32)
+    last_row, cached = elements_at(args[11], i32), elements_at(args[12], i32)
+    heads, kv_heads, dim, block_size = args[13], args[14], args[15], args[16]
+    scale = bits_to_float(np.int32(args[17]))
+    group, width = heads // kv_heads, dim * size_of(like)
+    key_bytes, block_bytes = kv_heads * width, block_size * kv_heads * width
+    queries = np.empty(MAX_ROWS * dim, np.uint16) if size_of(like) == 2 else np.empty(MAX_ROWS * dim * 2, np.uint16)
+    local = elements_at(queries.ctypes.data, like)
+    scores, mixed = np.empty((MAX_ROWS, KEYS), np.float32), np.empty((MAX_ROWS, dim), np.float32)
+    sums, best = np.empty((MAX_ROWS, 16), np.float32), np.empty(MAX_ROWS, np.float32)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        work, head = item // kv_heads, item % kv_heads
+        seq, begin, end = item_seq[work], item_row[work], item_end[work]
+        table = elements_at(tables + 4 * seq * table_width, i32)
+        rows = (end - begin) * group
+        for m in range(rows):
+            source = ((begin + m // group) * heads + head * group + m % group) * dim
+            for d in range(dim):
+                local[m * dim + d] = q[source + d]
+        mixed[:rows] = 0
+        sums[:rows] = 0
+        best[:rows] = _LOWEST
+        first_seen = cached[seq] - (last_row[seq] - begin) + 1  # positions that the item's first query sees
+        context = first_seen + (end - begin) - 1
+        at_keys, at_values = keys + head * width, values + head * width
+        for first in range(0, context, KEYS):
+            count = min(KEYS, context - first)
+            _score_tile(like, rows, queries.ctypes.data, at_keys, key_bytes, table, block_size, block_bytes, first, count, width, scores.ctypes.data)  # fmt: skip
+            for m in range(rows):
+                visible = min(max(first_seen + m // group - first, 0), count)
+                if visible > 0:
+                    best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
+                else:
+                    scores[m] = 0
+            _mix_tile_rows(like, rows, dim, scores.ctypes.data, at_values, key_bytes, table, block_size, block_bytes, first, count, mixed.ctypes.data)  # fmt: skip
+        for m in range(rows):
+            total = np.float32(0.0)
+            for i in range(16):
+                total += sums[m, i]
+            target = ((begin + m // group) * heads + head * group + m % group) * dim
+            for d in range(dim):
+                out[target + d] = narrow(mixed[m, d] / total, like)
+
+
+@cfunc("void(intp)", cache=True)
+def _attend_bf16(job: Any) -> None:
+    _attend(job, np.uint16(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _attend_f32(job: Any) -> None:
+    _attend(job, np.float32(0))
+
+
+_KERNELS = {torch.bfloat16: _attend_bf16, torch.float32: _attend_f32}
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
+) -> torch.Tensor:
+    """As `reference.paged_attention`: q [T, A, D], caches [num_blocks, B, K, D] → [T, A·D]."""
+    tokens, heads, dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    work = batch.query_blocks(MAX_ROWS // (heads // kv_heads))
+    out = q.new_empty((tokens, heads * dim))
+    parallel.run(
+        _KERNELS[q.dtype], len(work.seq) * kv_heads, q, k_cache, v_cache, out, batch.block_table,
+        batch.block_table.shape[1], work.seq, work.begin, work.end, batch.query_start[1:], batch.cached_len,
+        heads, kv_heads, dim, block_size, parallel.float_bits(scale),
+    )  # fmt: skip
+    return out
+
+
+def fits(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """True where `paged_attention` can take these on the CPU: dtype, head_dim in whole tiles, blocks of 4n tokens."""
+    group = q.shape[1] // k_cache.shape[2]
+    shapes = q.shape[2] % MIX_COLUMNS == 0 and k_cache.shape[1] % TILE_COLUMNS == 0 and group <= MAX_ROWS
+    return q.dtype in _KERNELS and q.device.type == "cpu" and shapes and q.is_contiguous()

@@ -1,0 +1,211 @@
+"""Element-wise CPU kernels, float32 and bfloat16, each one pass over memory, rounding where the reference rounds.
+
+Legend: T tokens, H hidden, I intermediate, A heads, K kv heads, D head_dim. A work item is a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+
+from batch.kernels import parallel
+from batch.kernels.simd import bits_to_float, elements_at, narrow, silu_f32, take_item, widen
+
+TOKENS = 8  # per work item
+_I64 = np.int64(0)
+_F32 = np.float32(0)
+
+
+@njit(cache=True)
+def _sum_squares(x: Any, size: Any) -> Any:
+    """float32 sum of x[i]² over 16 running sums, so that it vectorises and its order is fixed."""
+    lanes = np.zeros(16, np.float32)
+    whole = size // 16 * 16
+    for start in range(0, whole, 16):
+        for i in range(16):
+            lanes[i] += x[start + i] * x[start + i]
+    total = np.float32(0.0)
+    for i in range(16):
+        total += lanes[i]
+    for i in range(whole, size):
+        total += x[i] * x[i]
+    return total
+
+
+@njit(cache=True)
+def _add_rms_norm(job: Any, like: Any) -> None:
+    args = elements_at(job, _I64)
+    items, tokens, size, eps = args[1], args[2], args[3], bits_to_float(np.int32(args[4]))
+    x, weight, out = elements_at(args[5], like), elements_at(args[6], like), elements_at(args[7], like)
+    first, has_first = elements_at(args[8], like), args[8] != 0
+    second, has_second = elements_at(args[9], like), args[9] != 0
+    wide = np.empty(size, np.float32)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            at = token * size
+            if has_second:
+                for i in range(size):
+                    delta = widen(narrow(widen(first[at + i]) + widen(second[at + i]), like))
+                    x[at + i] = narrow(widen(x[at + i]) + delta, like)
+            elif has_first:
+                for i in range(size):
+                    x[at + i] = narrow(widen(x[at + i]) + widen(first[at + i]), like)
+            for i in range(size):
+                wide[i] = widen(x[at + i])
+            factor = np.float32(1.0) / np.sqrt(_sum_squares(wide, size) / np.float32(size) + eps)
+            for i in range(size):
+                out[at + i] = narrow(widen(narrow(wide[i] * factor, like)) * widen(weight[i]), like)
+
+
+@njit(cache=True)
+def _silu_mul(job: Any, like: Any) -> None:
+    args = elements_at(job, _I64)
+    items, tokens, size = args[1], args[2], args[3]
+    x, out = elements_at(args[4], like), elements_at(args[5], like)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            gate, up, at = 2 * token * size, 2 * token * size + size, token * size
+            for i in range(size):
+                silu = widen(narrow(silu_f32(widen(x[gate + i])), like))
+                out[at + i] = narrow(silu * widen(x[up + i]), like)
+
+
+@njit(cache=True)
+def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, like: Any, head: Any) -> None:
+    """One head of D values at source[at:], rotated and, when eps >= 0, normalised, into float32 head [D]."""
+    half = dim // 2
+    for i in range(half):
+        even, odd = widen(source[at + 2 * i]), widen(source[at + 2 * i + 1])
+        head[2 * i] = widen(narrow(even * cos[i] - odd * sin[i], like))
+        head[2 * i + 1] = widen(narrow(even * sin[i] + odd * cos[i], like))
+    if eps >= np.float32(0.0):
+        factor = np.float32(1.0) / np.sqrt(_sum_squares(head, dim) / np.float32(dim) + eps)
+        for i in range(dim):
+            head[i] *= factor
+
+
+@njit(cache=True)
+def _store_qkv(job: Any, like: Any) -> None:
+    args = elements_at(job, _I64)
+    items, tokens, heads, kv_heads, dim = args[1], args[2], args[3], args[4], args[5]
+    qkv, q_out = elements_at(args[6], like), elements_at(args[7], like)
+    keys, values, slots = elements_at(args[8], like), elements_at(args[9], like), elements_at(args[10], _I64)
+    cos, sin, rope = args[11], args[12], args[11] != 0
+    eps = bits_to_float(np.int32(args[13]))
+    q_scale, scaled = elements_at(args[14], _F32), args[14] != 0
+    head = np.empty(dim, np.float32)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            source = token * (heads + 2 * kv_heads) * dim
+            cached = slots[token] * kv_heads * dim
+            c, s = elements_at(cos + token * dim * 2, _F32), elements_at(sin + token * dim * 2, _F32)
+            for h in range(heads + kv_heads):
+                at = source + h * dim
+                if rope:
+                    _rotate_head(qkv, at, dim, c, s, eps, like, head)
+                else:
+                    factor = q_scale[token] if scaled and h < heads else np.float32(1.0)
+                    for i in range(dim):
+                        head[i] = widen(qkv[at + i]) * factor
+                if h < heads:
+                    for i in range(dim):
+                        q_out[(token * heads + h) * dim + i] = narrow(head[i], like)
+                else:
+                    for i in range(dim):
+                        keys[cached + (h - heads) * dim + i] = narrow(head[i], like)
+            at = source + (heads + kv_heads) * dim
+            for i in range(kv_heads * dim):
+                values[cached + i] = qkv[at + i]
+
+
+@cfunc("void(intp)", cache=True)
+def _add_rms_norm_bf16(job: Any) -> None:
+    _add_rms_norm(job, np.uint16(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _add_rms_norm_f32(job: Any) -> None:
+    _add_rms_norm(job, np.float32(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _silu_mul_bf16(job: Any) -> None:
+    _silu_mul(job, np.uint16(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _silu_mul_f32(job: Any) -> None:
+    _silu_mul(job, np.float32(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _store_qkv_bf16(job: Any) -> None:
+    _store_qkv(job, np.uint16(0))
+
+
+@cfunc("void(intp)", cache=True)
+def _store_qkv_f32(job: Any) -> None:
+    _store_qkv(job, np.float32(0))
+
+
+_ADD_RMS_NORM = {torch.bfloat16: _add_rms_norm_bf16, torch.float32: _add_rms_norm_f32}
+_SILU_MUL = {torch.bfloat16: _silu_mul_bf16, torch.float32: _silu_mul_f32}
+_STORE_QKV = {torch.bfloat16: _store_qkv_bf16, torch.float32: _store_qkv_f32}
+
+
+def fits(x: torch.Tensor) -> bool:
+    """True where these kernels can take x: on the CPU, contiguous, float32 or bfloat16."""
+    return x.device.type == "cpu" and x.dtype in _SILU_MUL and x.is_contiguous()
+
+
+def _items(tokens: int) -> int:
+    return -(-tokens // TOKENS)
+
+
+def add_rms_norm(
+    residual: torch.Tensor, deltas: tuple[torch.Tensor, ...], weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """As `reference.add_rms_norm`."""
+    tokens, size = residual.shape
+    out = torch.empty_like(residual)
+    first, second = [*deltas, 0, 0][:2]
+    parallel.run(
+        _ADD_RMS_NORM[residual.dtype], _items(tokens), tokens, size, parallel.float_bits(eps), residual, weight, out,
+        first, second,
+    )  # fmt: skip
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `reference.silu_mul`."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty((tokens, size))
+    parallel.run(_SILU_MUL[gate_up.dtype], _items(tokens), tokens, size, gate_up, out)
+    return out
+
+
+def store_qkv(
+    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """As `reference.store_qkv`."""
+    tokens, (_, _, kv_heads, dim) = qkv.shape[0], k_cache.shape
+    q = qkv.new_empty((tokens, num_heads, dim))
+    cos, sin = (0, 0) if rotation is None else rotation
+    parallel.run(
+        _STORE_QKV[qkv.dtype], _items(tokens), tokens, num_heads, kv_heads, dim, qkv, q, k_cache, v_cache, slots,
+        cos, sin, parallel.float_bits(-1.0 if norm_eps is None else norm_eps), 0 if q_scale is None else q_scale,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,78 @@
+"""Runs a compiled kernel on torch's own threads.
+
+A kernel is `void kernel(intp job)`: `job` is the address of an int64 array whose first two entries are a shared counter
+and the number of items. Every thread takes items from the counter until none is left, so uneven items balance out.
+Using the OpenMP team that torch already keeps (GOMP_parallel) avoids a second pool fighting for the same cores: idle
+OpenMP threads spin for milliseconds after each torch op. Without libgomp a small Python thread pool does the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COUNTER, ITEMS, FIRST_ARG = 0, 1, 2  # layout of a job: counter, number of items, then the kernel's own arguments
+
+
+def run(kernel: Any, items: int, *args: int | torch.Tensor) -> None:
+    """Run `kernel` (a numba cfunc) over `items` items; tensors among `args` are passed as addresses."""
+    if items == 0:
+        return
+    values = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
+    job = (ctypes.c_int64 * (FIRST_ARG + len(values)))(0, items, *values)
+    threads = min(torch.get_num_threads(), items)
+    if threads == 1:
+        kernel.ctypes(ctypes.addressof(job))
+    else:
+        _team()(kernel, ctypes.addressof(job), threads)
+
+
+@functools.cache
+def _team() -> Callable[[Any, int, int], None]:
+    """A function (kernel, job address, threads) that runs the kernel on that many threads at once."""
+    start = _gomp_parallel()
+    if start is None:
+        return _run_on_pool
+
+    def run_on_gomp(kernel: Any, job: int, threads: int) -> None:
+        start(kernel.address, job, threads, 0)
+
+    return run_on_gomp
+
+
+def _gomp_parallel() -> Any:
+    """GOMP_parallel of the libgomp that torch has loaded; None where torch uses another OpenMP runtime."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    if len(loaded) != 1:
+        return None
+    function = ctypes.CDLL(loaded.pop()).GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="kernel")
+
+
+def _run_on_pool(kernel: Any, job: int, threads: int) -> None:
+    helpers: Sequence[Any] = [_pool().submit(kernel.ctypes, job) for _ in range(threads - 1)]
+    kernel.ctypes(job)
+    for helper in helpers:
+        helper.result()
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32, to hand it to a kernel as an argument."""
+    return int.from_bytes(struct.pack("<f", value), "little", signed=True)

@@ -47,11 +47,20 @@ class ResponseWriter:
         return {"id": "batch_req_" + info.digest, "custom_id": info.id, "response": response, "error": None}
 
     def error(self, info: LineInfo, code: str, message: str) -> dict[str, Any]:
-        """The output line of a line that could not be answered."""
-        error = {"code": code, "message": _clean(f"line {info.number}: {message}" if info.is_openai else message)}
+        """The output line of a line that could not be answered. OpenAI itself answers a bad request with status 400 and
+        keeps `error` for what went wrong outside the request; here both are set, so that either check finds it."""
         if not info.is_openai:
-            return {"id": info.id, "line": info.number, "error": error}
-        return {"id": "batch_req_" + info.digest, "custom_id": info.id, "response": None, "error": error}
+            return {"id": info.id, "line": info.number, "error": {"code": code, "message": _clean(message)}}
+        text = _clean(f"line {info.number}: {message}")
+        ours = code == "internal_error"
+        kind = "server_error" if ours else "invalid_request_error"
+        body = {"error": {"message": text, "type": kind, "param": None, "code": code}}
+        return {
+            "id": "batch_req_" + info.digest,
+            "custom_id": info.id,
+            "response": {"status_code": 500 if ours else 400, "request_id": "req_" + info.digest, "body": body},
+            "error": {"code": code, "message": text},
+        }
 
     def _short(self, info: LineInfo, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
         line: dict[str, Any] = {"id": info.id}

@@ -39,8 +39,8 @@ def answers(tmp_path, scout_tiny):
 
 def test_a_line_says_the_same_in_any_company(answers):
     together = answers(LINES)
-    filler = [{"id": i, "prompt": f"filler {i} " * (i % 40 + 1), "max_tokens": 5} for i in range(30)]
-    crowded = answers(filler[:15] + LINES[::-1] + filler[15:], max_batch_tokens=64)
+    filler = [{"id": i, "prompt": f"filler {i} " * (5 * i % 17 + 1), "max_tokens": 5} for i in range(10)]
+    crowded = answers(filler[:5] + LINES[::-1] + filler[5:], max_batch_tokens=64)
     for line in LINES:
         alone = answers([line])[line["id"]]
         for other in (together[line["id"]], crowded[line["id"]]):

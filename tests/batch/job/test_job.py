@@ -125,8 +125,10 @@ def test_deep_nesting_within_the_limit(run):
 def test_errors_of_openai_lines_have_openais_form(run, line):
     _, (out,) = run([line])
     assert list(out) == ["id", "custom_id", "response", "error"]
-    assert out["custom_id"] == "the id" and out["response"] is None
+    assert out["custom_id"] == "the id" and out["response"]["status_code"] == 400
     assert set(out["error"]) == {"code", "message"} and out["error"]["message"].startswith("line 1: ")
+    inner = out["response"]["body"]["error"]
+    assert inner == {**out["error"], "type": "invalid_request_error", "param": None}
 
 
 def test_blank_lines_crlf_bom_and_missing_newline(run):

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batch.requests import ImageTiles
@@ -43,13 +46,23 @@ DEFAULT_TEMPLATE = (
 _BREAKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF1000))]
 
 
+class _GenerationTag(Extension):
+    """transformers' {% generation %} … {% endgeneration %}, which marks text for training: here just its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with a deadline and a ceiling on strings that a template multiplies or pads."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
         for name in ("center", "format", "wordwrap"):  # these make long strings out of small numbers
@@ -184,6 +197,8 @@ class ChatFormat:
         try:
             for piece in self._template.generate(
                 messages=messages,
+                tools=None,  # templates test for None, as transformers passes it
+                documents=None,
                 add_generation_prompt=True,
                 l4tool_deadline_s=deadline_s,
                 **self.tokenizer.named_tokens,

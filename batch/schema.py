@@ -8,55 +8,25 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import ValidationError
 
-MAX_MESSAGES = 10_000
-MAX_STOP = 16
-MAX_TOP_LOGPROBS = 20
-MAX_N = 128
-
-ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
-
-# Accepted and without effect here: bookkeeping of OpenAI's service, nothing that changes the text.
-IGNORED_FIELDS = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
+from batch.line_models import (
+    BODIES,
+    ENDPOINTS,
+    IGNORED_FIELDS,
+    MAX_STOP,
+    UNSUPPORTED_FIELDS,
+    UNSUPPORTED_IN_MESSAGES,
+    Envelope,
+    ImagePart,
+    Message,
+    SamplingFields,
+    ShortLine,
+    StrictModel,
+    TextPart,
 )
-# Known fields that are not supported: their neutral values pass, anything else is an error. null always passes.
-UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "stream": (False,),
-    "stream_options": (),
-    "suffix": ("",),
-    "tool_calls": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_UNSUPPORTED_IN_MESSAGES = ("audio", "function_call", "tool_calls")
 
 
 class LineError(Exception):
@@ -84,26 +54,6 @@ class Turn:
     name: str | None = None
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class SamplingFields(_Model):
-    """The fields of a line that steer sampling; None means: not given, the command's options decide."""
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
-    ignore_eos: bool = False
-
-
 @dataclass(frozen=True)
 class Line:
     """A valid request line. A chat has `turns`; a completion has `prompt` (text or token ids) and no turns.
@@ -128,101 +78,6 @@ class Line:
         return [part for turn in self.turns for part in turn.parts if isinstance(part, ImageRef)]
 
 
-class _TextPart(_Model):
-    type: Literal["text", "input_text"]
-    text: str
-
-
-class _ImageUrl(_Model):
-    url: Annotated[str, Field(min_length=1)]
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class _ImageUrlPart(_Model):
-    type: Literal["image_url"]
-    image_url: _ImageUrl
-
-
-class _ImagePart(_Model):
-    type: Literal["image"]
-    image: Annotated[str, Field(min_length=1)]
-
-
-_PART_TAGS = {"text": "#text", "input_text": "#text", "image_url": "#url", "image": "#image"}
-
-
-def _part_tag(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return _PART_TAGS.get(kind) if isinstance(kind, str) else None
-
-
-def _is_text(value: Any) -> str:
-    return "#str" if isinstance(value, str) else "#list"
-
-
-# Tags begin with "#" so that error paths can leave them out.
-_Part = Annotated[
-    Annotated[_TextPart, Tag("#text")]
-    | Annotated[_ImageUrlPart, Tag("#url")]
-    | Annotated[_ImagePart, Tag("#image")],
-    Discriminator(_part_tag),
-]  # fmt: skip
-_Content = Annotated[
-    Annotated[str, Tag("#str")] | Annotated[list[_Part], Tag("#list")],
-    Discriminator(_is_text),
-]
-
-
-class _Message(_Model):
-    role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
-    content: _Content
-    name: str | None = None
-    tool_call_id: str | None = None
-
-
-class _ChatBody(SamplingFields):
-    model: str | None = None
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-
-_TokenIds = list[Annotated[int, Field(ge=0)]]
-_Prompt = Annotated[
-    Annotated[str, Tag("#str")] | Annotated[_TokenIds, Tag("#list")],
-    Discriminator(_is_text),
-]
-
-
-class _CompletionBody(SamplingFields):
-    model: str | None = None
-    prompt: _Prompt
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    parse_special: bool = False
-
-
-class _ShortLine(SamplingFields):
-    id: str | int | None = None
-    model: str | None = None
-    prompt: _Prompt | None = None
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    images: list[Annotated[str, Field(min_length=1)]] | None = None
-    raw: bool = False
-    parse_special: bool = False
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-
-class _Envelope(_Model):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/chat/completions", "/v1/completions"]
-    body: dict[str, Any]
-
-
-_MODELS: dict[str, type[_Model]] = {"chat": _ChatBody, "completion": _CompletionBody, "short": _ShortLine}
-
-
 def is_openai(value: dict[str, Any]) -> bool:
     """True for the OpenAI batch form (whole or not), False for the short form."""
     return any(key in value for key in ("custom_id", "method", "url", "body"))
@@ -243,14 +98,14 @@ def parse_line(value: Any) -> Line:
     if not isinstance(value, dict):
         raise LineError("invalid_line", "a line must be a JSON object")
     if is_openai(value):
-        envelope = _validate(_Envelope, value, "")
+        envelope = _validate(Envelope, value, "")
         endpoint = ENDPOINTS[envelope.url]
         return _openai_line(envelope.custom_id, endpoint, envelope.body)
     return _short_line(value)
 
 
 def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
-    body = _validate(_MODELS[endpoint], _known_fields(raw, "body."), "body.")
+    body = _validate(BODIES[endpoint], _known_fields(raw, "body."), "body.")
     if endpoint == "chat":
         return Line(
             "openai", "chat", custom_id, body.model, _turns(body.messages), None, False, body, _stop(body.stop),
@@ -263,7 +118,7 @@ def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
 
 
 def _short_line(raw: dict[str, Any]) -> Line:
-    body = _validate(_ShortLine, _known_fields(raw, ""), "")
+    body = _validate(ShortLine, _known_fields(raw, ""), "")
     if (body.prompt is None) == (body.messages is None):
         raise LineError("invalid_request", "give either 'prompt' or 'messages'")
     raw_prompt = body.raw or isinstance(body.prompt, list)
@@ -309,10 +164,10 @@ def _known_fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _known_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    for key in _UNSUPPORTED_IN_MESSAGES:
+    for key in UNSUPPORTED_IN_MESSAGES:
         if message.get(key) is not None:
             _refuse_unless_neutral(where + key, key, message[key])
-    return {k: v for k, v in message.items() if v is not None and k not in _UNSUPPORTED_IN_MESSAGES}
+    return {k: v for k, v in message.items() if v is not None and k not in UNSUPPORTED_IN_MESSAGES}
 
 
 def _refuse_unless_neutral(path: str, key: str, value: Any) -> None:
@@ -323,7 +178,7 @@ def _refuse_unless_neutral(path: str, key: str, value: Any) -> None:
     raise LineError("unsupported_field", f"{path}: {reason}; leave it out")
 
 
-def _validate(model: type[_Model], value: dict[str, Any], where: str) -> Any:
+def _validate(model: type[StrictModel], value: dict[str, Any], where: str) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -348,7 +203,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "…"
 
 
-def _turns(messages: list[_Message]) -> tuple[Turn, ...]:
+def _turns(messages: list[Message]) -> tuple[Turn, ...]:
     turns = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
@@ -357,10 +212,10 @@ def _turns(messages: list[_Message]) -> tuple[Turn, ...]:
             continue
         parts: list[str | ImageRef] = []
         for part in message.content:
-            if isinstance(part, _TextPart):
+            if isinstance(part, TextPart):
                 parts.append(part.text)
             else:
-                parts.append(ImageRef(part.image if isinstance(part, _ImagePart) else part.image_url.url))
+                parts.append(ImageRef(part.image if isinstance(part, ImagePart) else part.image_url.url))
         turns.append(Turn(role, tuple(parts), message.name))
     return tuple(turns)
 

@@ -13,7 +13,7 @@ FLOORS = [
     ("converters",),
     ("batch.requests",),
     ("quant",),
-    ("batch.schema", "batch.jsonl", "batch.chat", "batch.tokenizer", "batch.images"),
+    ("batch.line_models", "batch.schema", "batch.jsonl", "batch.chat", "batch.tokenizer", "batch.images"),
     ("batch.kernels",),
     ("batch.model",),
     ("batch.engine",),
@@ -25,6 +25,7 @@ FLOORS = [
 FRONT_SEES = (
     "l4tool.core",
     "batch.requests",
+    "batch.line_models",
     "batch.schema",
     "batch.jsonl",
     "batch.chat",

@@ -239,6 +239,17 @@ def test_what_templates_expect_is_there(tokenizer):
     assert rendered == '4{"role": "user", "content": "<é>"}<|begin_of_text|><|eot|>'
 
 
+def test_generation_tags_and_none_for_tools_as_in_transformers(tokenizer, hf_tokenizer):
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ tools is none }}{{ documents is none }}{{ custom is defined }}"
+    )
+    theirs = hf_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a b"}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert ChatFormat(tokenizer, template).render([Turn("user", ("a b",))], "\ufdd0") == theirs == "a bTrueTrueFalse"
+
+
 def test_raw_prompts(default_chat, tokenizer, hf_tokenizer):
     text = "Once upon a time<|eot|>"
     bos, eot = tokenizer.control_id("<|begin_of_text|>"), tokenizer.control_id("<|eot|>")

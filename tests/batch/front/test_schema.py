@@ -2,7 +2,8 @@
 
 import pytest
 
-from batch.schema import IGNORED_FIELDS, UNSUPPORTED_FIELDS, ImageRef, LineError, Turn, line_id, parse_line
+from batch.line_models import IGNORED_FIELDS, UNSUPPORTED_FIELDS
+from batch.schema import ImageRef, LineError, Turn, line_id, parse_line
 
 USER = [{"role": "user", "content": "hi"}]
 

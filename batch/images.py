@@ -52,7 +52,7 @@ class TileSpec:
     def from_config(cls, config: dict[str, Any], vision: VisionArch) -> TileSpec:
         """From preprocessor_config.json ({} → the published values) and the vision tower. Raises CheckpointError."""
         size = config.get("size", {"height": vision.image_size, "width": vision.image_size})
-        if size != {"height": vision.image_size, "width": vision.image_size}:
+        if not isinstance(size, dict) or {size.get("height"), size.get("width")} != {vision.image_size}:
             raise CheckpointError(
                 f"preprocessor_config.json: size {size} is not the vision tower's {vision.image_size}"
             )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from batch.backends.base import Backend
 from batch.chat import ChatFormat, find_template
@@ -103,11 +103,18 @@ def load_front(options: BatchOptions) -> Front:
     if arch.vision is not None:
         if arch.image_token_id != tokenizer.control_id("<|patch|>"):
             raise CheckpointError(f"{options.model}: config.json's image token is not the tokenizer's <|patch|>")
-        tiles = TileSpec.from_config(read_json_object(options.model / "preprocessor_config.json"), arch.vision)
+        tiles = TileSpec.from_config(_image_config(options.model), arch.vision)
     chat = ChatFormat(tokenizer, find_template(options.model), arch.vision.tokens_per_tile if arch.vision else None)
     generation = read_json_object(options.model / "generation_config.json")
     defaults = SamplingDefaults.build(options.sampling, generation, arch.text.eos_token_ids)
     return Front(arch, tokenizer, chat, tiles, defaults)
+
+
+def _image_config(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json, or where transformers 5 keeps it: inside processor_config.json."""
+    found = read_json_object(folder / "preprocessor_config.json")
+    nested = read_json_object(folder / "processor_config.json").get("image_processor")
+    return found or (nested if isinstance(nested, dict) else {})
 
 
 def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backend) -> Summary:

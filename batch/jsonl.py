@@ -13,6 +13,7 @@ MAX_LINE_BYTES = 64 * 2**20
 HEAD_BYTES = 4096
 _SKIP_BYTES = 2**20
 _BOM = b"\xef\xbb\xbf"
+_SEPARATORS = [(chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029)]
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -129,8 +130,15 @@ def _refuse_lone_surrogates(value: Any) -> None:
 
 
 def dump_line(value: dict[str, Any]) -> bytes:
-    """One output line: compact UTF-8 JSON with its newline; text stays readable, NaN is our own bug."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+    """One output line: compact UTF-8 JSON with its newline; text stays readable, NaN is our own bug.
+
+    The line separators that are not "\\n" are escaped, so that no reader splits a line at them.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for separator, escape in _SEPARATORS:
+        if separator in text:
+            text = text.replace(separator, escape)
+    return text.encode("utf-8") + b"\n"
 
 
 def count_lines(path: Path, max_bytes: int) -> int | None:

@@ -110,7 +110,8 @@ def engine_stats(backend: object) -> dict[str, Any]:
         stats = dataclasses.asdict(stats)
     if not isinstance(stats, dict):
         return {}
-    return {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
+    kept = {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from l4tool.core.errors import CheckpointError
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one, from threads of our own
 _CACHED_CHARS = 32  # short strings of templates ("user", "\n\n") recur in every prompt
 
 
@@ -64,7 +66,7 @@ class Tokenizer:
         return list(self._encode_short(text)) if len(text) <= _CACHED_CHARS else self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
         return ids
 
     def split_control(self, text: str) -> list[str]:

@@ -313,8 +313,10 @@ def test_spec_from_config():
     published = {"size": {"height": 56, "width": 56}, "max_patches": 4, "resample": 2, "image_mean": [0.5] * 3}
     assert TileSpec.from_config(published, VISION) == TileSpec(56, 4)
     assert TileSpec.from_config({}, VISION) == TileSpec(56, 16)
+    assert TileSpec.from_config({"size": {"height": 56, "width": 56, "longest_edge": None}}, VISION) == TileSpec(56)
     for wrong in (
         {"size": {"height": 336, "width": 336}},
+        {"size": 56},
         {"image_std": [0.2] * 3},
         {"max_patches": 0},
         {"max_patches": "many"},

@@ -111,7 +111,12 @@ def test_any_bytes_parse_or_are_bad_json(data):
 def test_what_is_dumped_parses_back_as_one_line(value):
     line = dump_line({"value": value})
     assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert len(line.decode().splitlines()) == 1  # str.splitlines knows many more separators
     assert parse_json(line) == {"value": value}
+
+
+def test_other_line_separators_are_escaped():
+    assert dump_line({"é": "a\u2028b\u2029c\x85d\ve"}) == '{"é":"a\\u2028b\\u2029c\\u0085d\\u000be"}\n'.encode()
 
 
 def test_nan_is_never_written():

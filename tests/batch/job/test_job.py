@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from batch.generation import SamplingOptions
-from batch.job import BatchOptions, run_batch
+from batch.job import BatchOptions, load_front, run_batch
 from batch.requests import GenerationResult
 from l4tool.core.errors import CheckpointError, InputMissing, LockHeld, UsageError, WriteError
 from tests import checkpoints
@@ -269,6 +269,12 @@ class TestPaths:
         (folder / "chat_template.jinja").unlink()
         (folder / "tokenizer.json").unlink()
         self.check(self.options(tmp_path, folder), CheckpointError, r"tokenizer\.json")
+
+    def test_preprocessor_values_where_transformers_5_keeps_them(self, tmp_path, scout_tiny):
+        folder = checkpoints.copy(scout_tiny, tmp_path / "model")
+        (folder / "preprocessor_config.json").unlink()
+        (folder / "processor_config.json").write_text('{"image_processor": {"max_patches": 3}}')
+        assert load_front(self.options(tmp_path, folder)).tiles.max_tiles == 3
 
     def test_output_may_be_a_device(self, tmp_path, scout_tiny):
         assert run_batch(self.options(tmp_path, scout_tiny, output=Path("/dev/null")), EchoBackend).ok == 1

@@ -26,7 +26,7 @@ from batch.tokenizer import Tokenizer, read_json_object
 from converters.detect import open_checkpoint
 from l4tool.core.arch import Arch
 from l4tool.core.console import Progress, note
-from l4tool.core.errors import CheckpointError, InputMissing, UsageError, WriteError
+from l4tool.core.errors import CheckpointError, InputMissing, L4Error, UsageError, WriteError
 
 DEFAULT_MAX_IMAGES = 48
 COUNT_AT_MOST_BYTES = 2**30  # larger inputs: the number of lines is estimated from the first GiB
@@ -126,33 +126,52 @@ def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backen
         output = OutputFile(options.output, options.force)
         stack.push(lambda kind, error, trace: output.close(discard_if_empty=error is not None))
         reader = LineReader(source_file, options.max_line_bytes, options.limit)
-        lines = iter(reader)
-        first = next(lines, None)
         summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint)
-        if first is None:
-            note(f"nothing to do: {options.input} has no lines")
-        else:
-            started_s = time.monotonic()
-            backend = make_backend(options, front)
-            stack.callback(backend.close)
-            summary.load_seconds = time.monotonic() - started_s
-            run = _Run(options, front, output, summary, reader)
-            run.run(backend, itertools.chain([first], lines))
-        summary.lines, summary.blank_lines = reader.lines, reader.blank_lines
-        summary.is_complete = True
-        output.sync()
+        try:
+            _answer(options, front, reader, output, summary, make_backend)
+        except BaseException:
+            _report_unfinished(options, summary)
+            raise
     if options.summary is not None:
         summary.save(options.summary)
     return summary
 
 
+def _answer(
+    options: BatchOptions, front: Front, reader: LineReader, output: OutputFile, summary: Summary,
+    make_backend: MakeBackend,
+) -> None:  # fmt: skip
+    """Load the model and run, unless there is nothing to do."""
+    lines = iter(reader)
+    first = next(lines, None)
+    if first is None:
+        note(f"nothing to do: {options.input} has no lines")
+    else:
+        started_s = time.monotonic()
+        with contextlib.closing(make_backend(options, front)) as backend:
+            summary.load_seconds = time.monotonic() - started_s
+            _Run(options, front, output, summary).run(backend, itertools.chain([first], lines))
+    summary.lines, summary.blank_lines = reader.lines, reader.blank_lines
+    output.sync()
+    summary.is_complete = True
+
+
+def _report_unfinished(options: BatchOptions, summary: Summary) -> None:
+    """A run that was stopped: say what is there; the error that stopped it comes next."""
+    done = summary.ok + summary.num_errors
+    summary.lines = done
+    if done:
+        note(f"stopped: {options.output} has the {done:,} lines that were done, all of them whole")
+    if options.summary is not None:
+        with contextlib.suppress(L4Error):
+            summary.save(options.summary)
+
+
 class _Run:
     """The loop: results become lines as they come; `pending` holds only what the backend is working on."""
 
-    def __init__(
-        self, options: BatchOptions, front: Front, output: OutputFile, summary: Summary, reader: LineReader
-    ) -> None:
-        self.options, self.output, self.summary, self.reader = options, output, summary, reader
+    def __init__(self, options: BatchOptions, front: Front, output: OutputFile, summary: Summary) -> None:
+        self.output, self.summary = output, summary
         self.pending: dict[int, LineInfo] = {}
         self.responses = ResponseWriter(
             front.tokenizer, options.model.resolve().name, "l4_" + summary.fingerprint, int(time.time())
@@ -169,8 +188,10 @@ class _Run:
             with self.progress:
                 for result in backend.run(source):
                     self._on_result(result)
-                for info in list(self.pending.values()):  # a backend that loses requests must not lose lines
-                    self._on_error(info, LineError("internal_error", "the backend ended without an answer"))
+                while (request := source.take(wait=True)) is not None:  # a backend that ends early
+                    self._on_error(self.pending[request.key], _lost())
+                for info in list(self.pending.values()):  # or loses requests must not lose lines
+                    self._on_error(info, _lost())
         finally:
             source.close()
             self.summary.seconds = time.monotonic() - self.started_s
@@ -201,6 +222,10 @@ class _Run:
 
     def _advance(self) -> None:
         self.progress.advance(1, self.summary.speed_text(time.monotonic() - self.started_s))
+
+
+def _lost() -> LineError:
+    return LineError("internal_error", "the backend ended without an answer")
 
 
 def _open_input(options: BatchOptions) -> BinaryIO:

@@ -187,6 +187,16 @@ def test_a_backend_that_loses_requests_does_not_lose_lines(run):
     assert any(line.get("error", {}).get("code") == "internal_error" for line in out)
 
 
+class EarlyBackend(EchoBackend):
+    def run(self, source):
+        yield self.answer(source.take(wait=True))
+
+
+def test_a_backend_that_ends_early_does_not_lose_lines(run):
+    summary, out = run([{"id": i, "prompt": f"n {i}"} for i in range(200)], EarlyBackend)
+    assert sorted(line["id"] for line in out) == list(range(200)) and summary.ok == 1
+
+
 class FailingBackend(EchoBackend):
     def run(self, source):
         for count, result in enumerate(super().run(source)):
@@ -195,9 +205,11 @@ class FailingBackend(EchoBackend):
             yield result
 
 
-def test_a_failing_backend_leaves_whole_lines(run, tmp_path):
+def test_a_failing_backend_leaves_whole_lines_and_a_summary(run, tmp_path, capsys):
     with pytest.raises(RuntimeError):
-        run([{"prompt": str(i)} for i in range(20)], FailingBackend)
+        run([{"prompt": str(i)} for i in range(20)], FailingBackend, summary=tmp_path / "summary.json")
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["ok"], found["complete"]) == (3, False) and "3 lines" in capsys.readouterr().err
     assert len([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]) == 3
     assert threading.active_count() < 5
 

@@ -1,5 +1,7 @@
 """Fused kernels against the torch specification and compressed-tensors: the same bits."""
 
+import itertools
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -72,7 +74,7 @@ def test_rows_do_not_depend_on_the_split():
     w = weight(200, 256, transposed=True)
     whole = ops.int4(w, 128, "mse")
     for bounds in ((0, 1, 200), (0, 64, 65, 131, 200)):
-        parts = [ops.int4(w[a:b], 128, "mse") for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [ops.int4(w[a:b], 128, "mse") for a, b in itertools.pairwise(bounds)]
         for field in ("packed", "scale", "error", "square"):
             assert torch.equal(torch.cat([getattr(p, field) for p in parts]), getattr(whole, field))
 

@@ -26,7 +26,7 @@ _LOWEST = np.float32(-3.0e38)
 _mix_1, _mix_2, _mix_3, _mix_4, _mix_5, _mix_6 = (mix_tile(rows) for rows in range(1, TILE_ROWS + 1))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _mix_rows(like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, count: Any, out: Any, out_bytes: Any):  # type: ignore[no-untyped-def]
     """out[m] += Σ_j p[m, j] · v[j] for 1 to 6 rows; see `tiles.mix_tile`."""
     if rows == 6:
@@ -43,7 +43,7 @@ def _mix_rows(like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, 
         _mix_1(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _score_tile(like: Any, rows: Any, q: Any, keys: Any, key_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, width: Any, scores: Any):  # type: ignore[no-untyped-def]  # fmt: skip
     """float32 scores [rows, KEYS] of positions first … first + count (rounded up to 4, inside one block)."""
     for j in range(0, count, TILE_COLUMNS):
@@ -54,7 +54,7 @@ def _score_tile(like: Any, rows: Any, q: Any, keys: Any, key_bytes: Any, table: 
             dot_rows(like, min(TILE_ROWS, rows - row), q + row * width, width, at, key_bytes, width, target, 4 * KEYS)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mixed: Any) -> Any:
     """One row's tile: scores [KEYS] become weights in place; rescales its sums [16] and mixed [D]; returns the max."""
     highest = best
@@ -78,7 +78,7 @@ def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mi
     return highest
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _mix_tile_rows(like: Any, rows: Any, dim: Any, weights: Any, values: Any, value_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, mixed: Any):  # type: ignore[no-untyped-def]  # fmt: skip
     """mixed [rows, D] += weights [rows, KEYS] · values of positions first … first + count, in order of position."""
     done = 0
@@ -95,7 +95,7 @@ def _mix_tile_rows(like: Any, rows: Any, dim: Any, weights: Any, values: Any, va
         done += take
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _attend(job: Any, like: Any) -> None:
     args = elements_at(job, np.int64(0))
     i32 = np.int32(0)

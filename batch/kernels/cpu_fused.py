@@ -19,7 +19,7 @@ _I64 = np.int64(0)
 _F32 = np.float32(0)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _sum_squares(x: Any, size: Any) -> Any:
     """float32 sum of x[i]² over 16 running sums, so that it vectorises and its order is fixed."""
     lanes = np.zeros(16, np.float32)
@@ -35,7 +35,7 @@ def _sum_squares(x: Any, size: Any) -> Any:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _add_rms_norm(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, size, eps = args[1], args[2], args[3], bits_to_float(np.int32(args[4]))
@@ -63,7 +63,7 @@ def _add_rms_norm(job: Any, like: Any) -> None:
                 out[at + i] = narrow(widen(narrow(wide[i] * factor, like)) * widen(weight[i]), like)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _silu_mul(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, size = args[1], args[2], args[3]
@@ -79,7 +79,7 @@ def _silu_mul(job: Any, like: Any) -> None:
                 out[at + i] = narrow(silu * widen(x[up + i]), like)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, like: Any, head: Any) -> None:
     """One head of D values at source[at:], rotated and, when eps >= 0, normalised, into float32 head [D]."""
     half = dim // 2
@@ -93,7 +93,7 @@ def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, l
             head[i] *= factor
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _store_qkv(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, heads, kv_heads, dim = args[1], args[2], args[3], args[4], args[5]
@@ -180,7 +180,8 @@ def add_rms_norm(
     """As `reference.add_rms_norm`."""
     tokens, size = residual.shape
     out = torch.empty_like(residual)
-    first, second = [*deltas, 0, 0][:2]
+    first = deltas[0] if deltas else 0
+    second = deltas[1] if len(deltas) > 1 else 0
     parallel.run(
         _ADD_RMS_NORM[residual.dtype], _items(tokens), tokens, size, parallel.float_bits(eps), residual, weight, out,
         first, second,

@@ -25,7 +25,7 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return _scratch[dtype][:size].view(rows, columns)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _expand_int4(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, rows, words, group_words = args[1], args[2], args[3], args[4]
@@ -38,14 +38,14 @@ def _expand_int4(job: Any, like: Any) -> None:
         for group in range(item * ROWS * words // group_words, min((item + 1) * ROWS, rows) * words // group_words):
             factor = widen(scale[group])
             for q in range(16):
-                values[q] = widen(narrow(np.float32(q - 8) * factor, _BF16))
+                values[q] = np.float32(q - 8) * factor
             for word in range(group * group_words, (group + 1) * group_words):
                 bits = packed[word]
                 for k in range(8):
                     out[word * 8 + k] = narrow(values[(bits >> np.int32(4 * k)) & np.int32(15)], like)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _expand_bytes(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, size, source = args[1], args[2], elements_at(args[3], np.uint8(0))
@@ -85,7 +85,7 @@ _BYTES = {torch.bfloat16: _expand_bytes_bf16, torch.float32: _expand_bytes_f32}
 def expand_int4(part: Int4Linear, dtype: torch.dtype) -> torch.Tensor:
     """As `reference.dequantize_int4`, in `dtype`, in scratch memory: [N, K]."""
     if part.scale.dtype != torch.bfloat16 or not (part.packed.is_contiguous() and part.scale.is_contiguous()):
-        return reference.dequantize_int4(part).to(dtype)
+        return reference.dequantize_int4(part, dtype)
     rows, words = part.packed.shape
     out = scratch(rows, words * 8, dtype)
     items = -(-rows // ROWS)
@@ -97,7 +97,7 @@ def expand_fp8(part: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
     """The e4m3 values of a weight, without scales, in `dtype`, in scratch memory: [N, K]."""
     if not part.weight.is_contiguous():
         return part.weight.to(dtype)
-    out = scratch(*part.weight.shape, dtype)
+    out = scratch(part.out_features, part.in_features, dtype)
     table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
     parallel.run(_BYTES[dtype], -(-out.numel() // 65536), out.numel(), part.weight, table, out)
     return out

@@ -32,7 +32,7 @@ class DenseLinear:
 class Int4Linear:
     """compressed-tensors `pack-quantized`: element k of row n sits in bits 4(k % 8) of packed[n, k // 8], as q + 8.
 
-    packed int32 [N, K/8]; scale bf16 [N, K/G]; weight = q · scale, rounded to the scale's dtype.
+    packed int32 [N, K/8]; scale bf16 [N, K/G]; weight = q · scale.
     """
 
     packed: torch.Tensor

@@ -139,12 +139,12 @@ def _decode_attention(
     return out.flatten(1)  # [S, A·D]
 
 
-def dequantize_int4(part: Int4Linear) -> torch.Tensor:
-    """INT4 groups → [N, K] in the scale's dtype, each product rounded to it, as compressed-tensors decompresses."""
+def dequantize_int4(part: Int4Linear, dtype: torch.dtype) -> torch.Tensor:
+    """INT4 groups → [N, K], each q · scale rounded to `dtype`, as compressed-tensors decompresses a model of `dtype`."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=part.packed.device)
     q = ((part.packed[:, :, None] >> shifts) & 15) - 8  # [N, K/8, 8], element 8j + k in nibble k
-    groups = q.reshape(part.out_features, -1, part.group_size).to(part.scale.dtype)  # [N, K/G, G]
-    return (groups * part.scale[:, :, None]).flatten(1)  # [N, K]
+    groups = q.reshape(part.out_features, -1, part.group_size).to(dtype)  # [N, K/G, G]
+    return (groups * part.scale[:, :, None].to(dtype)).flatten(1)  # [N, K]
 
 
 def quantize_fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     if isinstance(weight, DenseLinear):
         return F.linear(x, weight.weight)
     if isinstance(weight, Int4Linear):
-        return F.linear(x, dequantize_int4(weight).to(x.dtype))
+        return F.linear(x, dequantize_int4(weight, x.dtype))
     if isinstance(weight, Fp8Linear):
         return fp8_linear(x, weight, weight.weight.to(x.dtype))
     assert isinstance(weight, FusedLinear)

@@ -78,7 +78,7 @@ def narrow(typingctx: Any, value: Any, like: Any) -> Any:
     return types.uint16(types.float32, types.uint16), codegen
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def exp_f32(x: Any) -> Any:
     """float32 e^x for x in [-87, 88], relative error under 2e-7 (Cephes' polynomial), in operations that vectorise."""
     whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -93,7 +93,7 @@ def exp_f32(x: Any) -> Any:
     return poly * bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def silu_f32(x: Any) -> Any:
     """float32 x · sigmoid(x)."""
     return x / (np.float32(1.0) + exp_f32(min(max(-x, np.float32(-87.0)), np.float32(88.0))))

@@ -40,7 +40,7 @@ class Model:
             return paged.allocate(
                 self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.dtype
             )
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             raise DeviceError(f"the KV cache does not fit: {error}", hint="give a smaller --kv-memory") from error
 
     @torch.inference_mode()

@@ -5,8 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 
 from batch.model.inputs import PagedKind, StepInput
+from batch.model.model import load_model
+from converters.detect import open_checkpoint
+
+
+def ours(folder, dtype=torch.float32):
+    return load_model(open_checkpoint(folder), "cpu", dtype)
+
+
+def theirs(folder, dtype=torch.float32, attention="eager"):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    return cls.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 @dataclass

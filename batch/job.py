@@ -145,11 +145,13 @@ def _answer(
     lines = iter(reader)
     first = next(lines, None)
     if first is None:
+        output.start()
         note(f"nothing to do: {options.input} has no lines")
     else:
         started_s = time.monotonic()
         with contextlib.closing(make_backend(options, front)) as backend:
             summary.load_seconds = time.monotonic() - started_s
+            output.start()
             _Run(options, front, output, summary).run(backend, itertools.chain([first], lines))
     summary.lines, summary.blank_lines = reader.lines, reader.blank_lines
     output.sync()
@@ -176,9 +178,8 @@ class _Run:
         self.responses = ResponseWriter(
             front.tokenizer, options.model.resolve().name, "l4_" + summary.fingerprint, int(time.time())
         )
-        self.preparer = LinePreparer(
-            front.arch, front.chat, front.tiles, front.defaults, options.input.resolve().parent, options.max_images
-        )
+        beside = options.input.absolute().parent if options.input.is_file() else Path.cwd()  # a pipe has no folder
+        self.preparer = LinePreparer(front.arch, front.chat, front.tiles, front.defaults, beside, options.max_images)
         self.started_s = time.monotonic()
         self.progress = Progress("batch", _total_lines(options), unit="lines")
 

@@ -18,8 +18,8 @@ FSYNC_INTERVAL_S = 5.0
 class OutputFile:
     """Writes whole lines. A line that cannot be written whole is cut off again before the error is raised.
 
-    Opening locks the file against other runs and refuses one that is not empty unless `force`, which empties it.
-    Raises WriteError, LockHeld.
+    Opening locks the file against other runs and refuses one that is not empty unless `force`; `start` then empties it,
+    so that a run which fails before its first line leaves the old file alone. Raises WriteError, LockHeld.
     """
 
     def __init__(self, path: Path, force: bool = False) -> None:
@@ -35,12 +35,8 @@ class OutputFile:
             self._is_regular = stat.S_ISREG(status.st_mode)
             if self._is_regular:
                 self._lock()
-                if os.fstat(self._fd).st_size:
-                    if not force:
-                        raise WriteError(
-                            f"{path} is not empty", hint="choose another output, or --force to overwrite it"
-                        )
-                    os.ftruncate(self._fd, 0)
+                if os.fstat(self._fd).st_size and not force:
+                    raise WriteError(f"{path} is not empty", hint="choose another output, or --force to overwrite it")
         except BaseException:
             os.close(self._fd)
             raise
@@ -56,6 +52,14 @@ class OutputFile:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
                 raise WriteError(f"cannot lock {self.path}: {error.strerror}") from None
+
+    def start(self) -> None:
+        """Empty the file: the first line comes now."""
+        if self._is_regular:
+            try:
+                os.ftruncate(self._fd, 0)
+            except OSError as error:
+                raise self._write_error(error) from None
 
     def write(self, line: bytes) -> None:
         """Append one line. On any failure, a signal included, the file is cut back to whole lines."""

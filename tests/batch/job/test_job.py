@@ -270,6 +270,21 @@ class TestPaths:
         with pytest.raises(CheckpointError):
             run_batch(self.options(tmp_path, scout_tiny), broken)
         assert not (tmp_path / "out.jsonl").exists()
+        (tmp_path / "out.jsonl").write_text("old answers\n")
+        with pytest.raises(CheckpointError):
+            run_batch(self.options(tmp_path, scout_tiny, force=True), broken)
+        assert (tmp_path / "out.jsonl").read_text() == "old answers\n"
+
+    def test_input_may_be_a_pipe(self, tmp_path, scout_tiny, monkeypatch):
+        os.mkfifo(tmp_path / "pipe")
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        monkeypatch.chdir(tmp_path)
+        text = '{"prompt": "x", "images": ["a.png"]}\n' * 3
+        writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
+        writer.start()
+        summary = run_batch(self.options(tmp_path, scout_tiny, input=tmp_path / "pipe"), EchoBackend)
+        writer.join()
+        assert summary.ok == 3
 
     def test_checkpoint_files_that_do_not_fit(self, tmp_path, scout_tiny):
         folder = checkpoints.copy(scout_tiny, tmp_path / "model")

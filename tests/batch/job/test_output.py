@@ -79,7 +79,12 @@ def test_locks_and_refusals(tmp_path):
     with pytest.raises(WriteError, match="not empty"):
         OutputFile(path)
     OutputFile(path, force=True).close(discard_if_empty=True)
-    assert path.exists() and not path.read_bytes()  # it was there before
+    assert path.read_bytes() == b"x\n"  # it was there before, and no run started
+    forced = OutputFile(path, force=True)
+    forced.start()
+    forced.write(b"new\n")
+    forced.close()
+    assert path.read_bytes() == b"new\n"
 
 
 def test_discarding_only_what_this_run_made(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from batch.requests import SamplingParams, TokenLogprob
 
-FIRST_CANDIDATES = 512  # enough for nearly every filtered draw; a row that needs more sorts its whole vocabulary
+FIRST_CANDIDATES = 128  # enough for most draws of a trained model; a row that needs more looks at its whole vocabulary
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would only overflow
 MAX_SCRATCH_ELEMENTS = 1 << 22  # float64 elements of one slice of rows: 32 MiB a temporary
 
@@ -48,12 +48,13 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], steps: list[int])
     rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if rows:
         tokens = tokens.clone()
-        for unfiltered in (True, False):
-            group = [i for i in rows if _is_unfiltered(params[i]) == unfiltered]
-            if group:
-                index = torch.tensor(group, device=logits.device)
-                drawn = _draw_rows(logits, index, [params[i] for i in group], [steps[i] for i in group], unfiltered)
-                tokens[index] = drawn
+        slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
+        for start in range(0, len(rows), slice_rows):
+            part = rows[start : start + slice_rows]
+            index = torch.tensor(part, device=logits.device)
+            keys = [_signed(derive_seed(params[i].seed, steps[i])) for i in part]
+            asking = [params[i] for i in part]
+            tokens[index] = _draw(logits[index], torch.tensor(keys, device=logits.device), asking, FIRST_CANDIDATES)
     ids, finite = tokens.tolist(), torch.isfinite(best).tolist()
     logprobs = _logprobs(logits, params, ids)
     return [Draw(ids[i], logprobs.get(i)) if finite[i] else Draw(None) for i in range(len(params))]
@@ -95,48 +96,48 @@ def _is_unfiltered(p: SamplingParams) -> bool:
     return p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0
 
 
-def _draw_rows(
-    logits: torch.Tensor, index: torch.Tensor, params: list[SamplingParams], steps: list[int], unfiltered: bool
-) -> torch.Tensor:
-    """Tokens int64 [R] of the non-greedy rows `index`, in slices that bound the scratch memory."""
-    keys = torch.tensor(
-        [_signed(derive_seed(p.seed, step)) for p, step in zip(params, steps, strict=True)], device=logits.device
-    )
-    slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
-    drawn = []
-    for start in range(0, len(params), slice_rows):
-        part = slice(start, start + slice_rows)
-        temperature = torch.tensor([p.temperature for p in params[part]], dtype=torch.float64, device=logits.device)
-        scaled = logits[index[part]].to(torch.float64) / temperature[:, None]  # [R, V]
-        if unfiltered:
-            ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
-            drawn.append((scaled + gumbel_noise(keys[part, None], ids)).argmax(dim=1))
-        else:
-            drawn.append(_draw_filtered(scaled, keys[part], params[part]))
-    return torch.cat(drawn)
+def _draw(logits: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams], most_candidates: int) -> torch.Tensor:
+    """Tokens int64 [R] of non-greedy rows: logits float32 [R, V], keys int64 [R].
 
-
-def _draw_filtered(scaled: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Tokens int64 [R] for scaled logits float64 [R, V]; looks at few candidates first, at all where that is short."""
-    vocab = scaled.shape[1]
-    total = torch.logsumexp(scaled, dim=1)
-    tokens = torch.zeros(len(params), dtype=torch.int64, device=scaled.device)
-    todo = list(range(len(params)))
-    for width in (min(FIRST_CANDIDATES, vocab), vocab):
-        index = torch.tensor(todo, device=scaled.device)
-        values, ids = scaled[index].topk(width, dim=1)  # [R, K], best first
-        rows = [params[i] for i in todo]
-        kept = keep_mask(values, total[index], rows)
-        noisy = (values + gumbel_noise(keys[index, None], ids)).masked_fill(~kept, -math.inf)
-        tokens[index] = ids.gather(1, noisy.argmax(dim=1, keepdim=True))[:, 0]
-        if width == vocab:
-            break
-        # The list was long enough where a filter already refuses its last candidate.
-        short = [kept_last or p.top_k >= width for kept_last, p in zip(kept[:, -1].tolist(), rows, strict=True)]
-        todo = [i for i, again in zip(todo, short, strict=True) if again]
-        if not todo:
-            break
+    Looks at the few best candidates only. A row without filters has one more candidate, "the rest", with the
+    probability of all other tokens; if that wins, one of them is drawn in the same way. A row whose filters reach
+    past its candidates is drawn again from more of them.
+    """
+    vocab = logits.shape[1]
+    width = min(most_candidates, vocab)
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=logits.device)[:, None]
+    values, ids = logits.topk(width, dim=1)  # [R, K], best first
+    scaled = values.double() / temperature
+    total = torch.logsumexp(logits / temperature.float(), dim=1).double()  # [R]
+    unfiltered = torch.tensor([_is_unfiltered(p) for p in params], device=logits.device)  # [R]
+    kept = keep_mask(scaled, total, params) | unfiltered[:, None]
+    best, place = (scaled + gumbel_noise(keys[:, None], ids)).masked_fill_(~kept, -math.inf).max(dim=1)  # [R]
+    tokens = ids.gather(1, place[:, None])[:, 0]
+    if width == vocab:
+        return tokens
+    rest = _log_rest(scaled, total) + gumbel_noise(keys, torch.full_like(keys, vocab))  # [R]
+    others = (unfiltered & (rest > best)).nonzero()[:, 0]
+    if len(others):
+        tokens[others] = _draw_other(logits[others].double() / temperature[others], ids[others], keys[others])
+    # Candidates suffice where a filter already refuses the last of them, and all of the top k are among them.
+    past_end = kept[:, -1] | torch.tensor([p.top_k >= width for p in params], device=logits.device)
+    short = (past_end & ~unfiltered).nonzero()[:, 0]
+    if len(short):
+        chosen = [params[i] for i in short.tolist()]
+        tokens[short] = _draw(logits[short], keys[short], chosen, 16 * width)
     return tokens
+
+
+def _draw_other(scaled: torch.Tensor, first: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Tokens int64 [R] from rows float64 [R, V], none of `first` [R, K]."""
+    ids = torch.arange(scaled.shape[1], device=scaled.device)[None, :]
+    return scaled.scatter(1, first, -math.inf).add_(gumbel_noise(keys[:, None], ids)).argmax(dim=1)
+
+
+def _log_rest(scaled: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Log of the mass outside the candidates, float64 [R]: log(exp(total) - Σ exp(scaled)); -inf when none is left."""
+    inside = torch.exp(torch.logsumexp(scaled, dim=1) - total)  # [R]
+    return total + torch.log1p(-inside.clamp(max=1.0))
 
 
 def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: list[int]) -> dict[int, TokenLogprob]:
@@ -146,7 +147,7 @@ def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: list[i
         return {}
     index = torch.tensor(rows, device=logits.device)
     chosen_ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
-    asked = logits[index]  # [R, V]
+    asked = logits if len(rows) == len(params) else logits[index]  # [R, V]
     total = torch.logsumexp(asked, dim=1, keepdim=True)
     chosen = (asked.gather(1, chosen_ids[:, None]) - total)[:, 0].tolist()
     width = min(max(params[i].logprobs or 0 for i in rows), logits.shape[1])

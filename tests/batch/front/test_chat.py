@@ -278,3 +278,32 @@ def test_default_template_on_tool_results(default_chat, tokenizer):
     ids = default_chat.encode([Turn("user", ("q",)), Turn("tool", ("42",))], [])
     assert tokenizer.control_id("<|eom|>") in ids and "ipython" in tokenizer.decode(ids)
     assert DEFAULT_TEMPLATE.count("<|eom|>") == 1
+
+
+def test_pictures_among_text_equal_transformers_processor(chat, hf_tokenizer, llama4_template):
+    """Its steps: render with <|image|> placeholders, put each picture's tokens in, tokenize the whole string."""
+    from transformers.models.llama4.processing_llama4 import Llama4Processor
+
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": " Look closely. "}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\n one "}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat,"}, {"type": "text", "text": " a dog."}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "and"}, {"type": "image"}, {"type": "text", "text": "?\n"}],
+        },
+    ]
+    grids = [(1, 1), (2, 3), (4, 1)]
+    text = hf_tokenizer.apply_chat_template(
+        messages, chat_template=llama4_template, add_generation_prompt=True, tokenize=False
+    )
+    for grid in grids:
+        text = text.replace(
+            "<|image|>", Llama4Processor._prompt_split_image(None, grid, 144).replace("image|", "@|"), 1
+        )
+    expected = hf_tokenizer.encode(text.replace("@|", "image|"), add_special_tokens=False)
+    turns = [
+        Turn(m["role"], tuple(p["text"] if p["type"] == "text" else ImageRef("x") for p in m["content"]))
+        for m in messages
+    ]
+    assert chat.encode(turns, [tiles(*grid) for grid in grids]) == expected

@@ -7,16 +7,17 @@ else is in the step. bfloat16 leaves large products to torch's GEMM.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from batch.kernels import cpu_attention, cpu_fused, cpu_linear, cpu_quant, reference
+from batch.kernels import cpu_attention, cpu_fused, cpu_int4, cpu_linear, cpu_quant, reference
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
 from batch.kernels.paging import PagedBatch
 
-# bfloat16 products with more rows per group than this are torch's.
-MAX_TILED_ROWS = 96
+# bfloat16 products with more rows per group than this are torch's, INT4 weights being expanded one at a time for it.
+MAX_TILED_ROWS, MAX_INT4_ROWS = 96, 160
 
 
 def add_rms_norm(
@@ -50,6 +51,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     if isinstance(weight, DenseLinear):
         return _dense(x, weight.weight)
     if isinstance(weight, Int4Linear):
+        if x.shape[0] <= MAX_INT4_ROWS and cpu_int4.fits(x, weight):
+            return cpu_int4.grouped_int4(x, [(weight,)], [0, x.shape[0]])
         return _dense(x, cpu_quant.expand_int4(weight, x.dtype))
     if isinstance(weight, Fp8Linear):
         return _fp8(x, weight)
@@ -59,12 +62,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
 
 def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     """As `reference.mlp`."""
-    inner = down.in_features
-    if isinstance(gate_up, DenseLinear) and _tiled(x, x.shape[0], inner):
-        hidden = cpu_linear.grouped_linear(x, [gate_up.weight], [0, x.shape[0]], inner, gated=True)
-    else:
-        hidden = cpu_fused.silu_mul(linear(x, gate_up))
-    return linear(hidden, down)
+    hidden = _grouped(x, (gate_up,), [0, x.shape[0]], gated=True)
+    return linear(cpu_fused.silu_mul(linear(x, gate_up)) if hidden is None else hidden, down)
 
 
 def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,23 +73,44 @@ def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, weights: Experts) -> torch.Tensor:
-    """As `reference.routed_experts`; dense experts of a small step are computed in two calls for all of them."""
+    """As `reference.routed_experts`; a small step's experts are computed in two calls for all of them."""
     order = expert.argsort(stable=True)
-    counts = torch.bincount(expert, minlength=len(weights.down))
-    starts = [0, *counts.cumsum(0).tolist()]
+    starts = [0, *torch.bincount(expert, minlength=len(weights.down)).cumsum(0).tolist()]
     scaled = (x * score[:, None])[order]  # [T, H]
-    gate_up = [part.weight for part in weights.gate_up if isinstance(part, DenseLinear)]
-    down = [part.weight for part in weights.down if isinstance(part, DenseLinear)]
-    size, inner = x.shape[1], weights.down[0].in_features
-    dense = len(gate_up) == len(down) == len(weights.down)
-    if dense and _tiled(x, x.shape[0] / len(down), inner) and cpu_linear.fits(x, size):
-        hidden = cpu_linear.grouped_linear(scaled, gate_up, starts, inner, gated=True)  # [T, I]
-        return cpu_linear.grouped_linear(hidden, down, starts, size, order=order)
+    hidden = _grouped(scaled, weights.gate_up, starts, gated=True)  # [T, I]
+    if hidden is not None:
+        out = _grouped(hidden, weights.down, starts, order=order)
+        if out is not None:
+            return out
     out = torch.empty_like(x)
     for index, (begin, end) in enumerate(itertools.pairwise(starts)):
         if end > begin:
             out[order[begin:end]] = mlp(scaled[begin:end], weights.gate_up[index], weights.down[index])
     return out
+
+
+def _grouped(
+    x: torch.Tensor,
+    weights: Sequence[Linear],
+    starts: list[int],
+    gated: bool = False,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Rows starts[g]:starts[g+1] of x times weights[g], in one call; None where no kernel does that well.
+
+    gated: the weights are gate and up, the result silu(gate) · up. `order`: as in `cpu_linear.grouped_linear`.
+    """
+    rows = x.shape[0] / len(weights)
+    dense = [weight.weight for weight in weights if isinstance(weight, DenseLinear)]
+    size = weights[0].out_features // (2 if gated else 1)
+    if len(dense) == len(weights) and _tiled(x, rows, size):
+        return cpu_linear.grouped_linear(x, dense, starts, size, gated, order)
+    parts = [weight.parts if isinstance(weight, FusedLinear) else (weight,) for weight in weights]
+    packed = [tuple(part for part in group if isinstance(part, Int4Linear)) for group in parts]
+    whole = all(len(group) == (2 if gated else 1) for group in packed)
+    if whole and rows <= MAX_INT4_ROWS and all(cpu_int4.fits(x, part) for group in packed for part in group):
+        return cpu_int4.grouped_int4(x, packed, starts, order)
+    return None
 
 
 def _tiled(x: torch.Tensor, rows: float, out_features: int) -> bool:

@@ -27,7 +27,9 @@ _mix_1, _mix_2, _mix_3, _mix_4, _mix_5, _mix_6 = (mix_tile(rows) for rows in ran
 
 
 @njit(cache=True, error_model="numpy")
-def _mix_rows(like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, count: Any, out: Any, out_bytes: Any):  # type: ignore[no-untyped-def]
+def _mix_rows(
+    like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, count: Any, out: Any, out_bytes: Any
+) -> None:
     """out[m] += Σ_j p[m, j] · v[j] for 1 to 6 rows; see `tiles.mix_tile`."""
     if rows == 6:
         _mix_6(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
@@ -44,7 +46,20 @@ def _mix_rows(like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, 
 
 
 @njit(cache=True, error_model="numpy")
-def _score_tile(like: Any, rows: Any, q: Any, keys: Any, key_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, width: Any, scores: Any):  # type: ignore[no-untyped-def]  # fmt: skip
+def _score_tile(
+    like: Any,
+    rows: Any,
+    q: Any,
+    keys: Any,
+    key_bytes: Any,
+    table: Any,
+    block_size: Any,
+    block_bytes: Any,
+    first: Any,
+    count: Any,
+    width: Any,
+    scores: Any,
+) -> None:
     """float32 scores [rows, KEYS] of positions first … first + count (rounded up to 4, inside one block)."""
     for j in range(0, count, TILE_COLUMNS):
         position = first + j
@@ -79,7 +94,20 @@ def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mi
 
 
 @njit(cache=True, error_model="numpy")
-def _mix_tile_rows(like: Any, rows: Any, dim: Any, weights: Any, values: Any, value_bytes: Any, table: Any, block_size: Any, block_bytes: Any, first: Any, count: Any, mixed: Any):  # type: ignore[no-untyped-def]  # fmt: skip
+def _mix_tile_rows(
+    like: Any,
+    rows: Any,
+    dim: Any,
+    weights: Any,
+    values: Any,
+    value_bytes: Any,
+    table: Any,
+    block_size: Any,
+    block_bytes: Any,
+    first: Any,
+    count: Any,
+    mixed: Any,
+) -> None:
     """mixed [rows, D] += weights [rows, KEYS] · values of positions first … first + count, in order of position."""
     done = 0
     while done < count:
@@ -131,14 +159,40 @@ def _attend(job: Any, like: Any) -> None:
         at_keys, at_values = keys + head * width, values + head * width
         for first in range(0, context, KEYS):
             count = min(KEYS, context - first)
-            _score_tile(like, rows, queries.ctypes.data, at_keys, key_bytes, table, block_size, block_bytes, first, count, width, scores.ctypes.data)  # fmt: skip
+            _score_tile(
+                like,
+                rows,
+                queries.ctypes.data,
+                at_keys,
+                key_bytes,
+                table,
+                block_size,
+                block_bytes,
+                first,
+                count,
+                width,
+                scores.ctypes.data,
+            )
             for m in range(rows):
                 visible = min(max(first_seen + m // group - first, 0), count)
                 if visible > 0:
                     best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
                 else:
                     scores[m] = 0
-            _mix_tile_rows(like, rows, dim, scores.ctypes.data, at_values, key_bytes, table, block_size, block_bytes, first, count, mixed.ctypes.data)  # fmt: skip
+            _mix_tile_rows(
+                like,
+                rows,
+                dim,
+                scores.ctypes.data,
+                at_values,
+                key_bytes,
+                table,
+                block_size,
+                block_bytes,
+                first,
+                count,
+                mixed.ctypes.data,
+            )
         for m in range(rows):
             total = np.float32(0.0)
             for i in range(16):

@@ -23,7 +23,9 @@ _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (dot_tile(rows) for rows 
 
 
 @njit(cache=True, error_model="numpy")
-def dot_rows(like: Any, rows: Any, x: Any, x_bytes: Any, w: Any, w_bytes: Any, size: Any, out: Any, out_bytes: Any):  # type: ignore[no-untyped-def]
+def dot_rows(
+    like: Any, rows: Any, x: Any, x_bytes: Any, w: Any, w_bytes: Any, size: Any, out: Any, out_bytes: Any
+) -> None:
     """1 to 6 rows of x · 4 rows of w → float32 [rows, 4]; see `tiles.dot_tile`."""
     if rows == 6:
         _tile_6(like, x, x_bytes, w, w_bytes, size, out, out_bytes)
@@ -51,13 +53,13 @@ def _block(like: Any, rows: Any, columns: Any, x: Any, w: Any, row_bytes: Any, o
 
 
 @njit(cache=True, error_model="numpy")
-def _store_row(like: Any, sums: Any, out: Any, target: Any, columns: Any) -> None:
+def store_row(like: Any, sums: Any, out: Any, target: Any, columns: Any) -> None:
     for n in range(columns):
         out[target + n] = narrow(sums[n], like)
 
 
 @njit(cache=True, error_model="numpy")
-def _store_gated_row(like: Any, gates: Any, ups: Any, out: Any, target: Any, columns: Any) -> None:
+def store_gated_row(like: Any, gates: Any, ups: Any, out: Any, target: Any, columns: Any) -> None:
     for n in range(columns):
         gate = widen(narrow(silu_f32(widen(narrow(gates[n], like))), like))
         out[target + n] = narrow(gate * widen(narrow(ups[n], like)), like)
@@ -88,9 +90,9 @@ def _grouped_linear(job: Any, like: Any) -> None:
             for m in range(rows):
                 target = (order[begin + m] if scattered else begin + m) * size + first
                 if gated:
-                    _store_gated_row(like, sums[m * columns :], ups[m * columns :], out, target, columns)
+                    store_gated_row(like, sums[m * columns :], ups[m * columns :], out, target, columns)
                 else:
-                    _store_row(like, sums[m * columns :], out, target, columns)
+                    store_row(like, sums[m * columns :], out, target, columns)
 
 
 @cfunc("void(intp)", cache=True)

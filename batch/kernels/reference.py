@@ -140,7 +140,7 @@ def _decode_attention(
 
 
 def dequantize_int4(part: Int4Linear, dtype: torch.dtype) -> torch.Tensor:
-    """INT4 groups → [N, K], each q · scale rounded to `dtype`, as compressed-tensors decompresses a model of `dtype`."""
+    """INT4 groups → [N, K], each q · scale rounded to `dtype`, as compressed-tensors decompresses."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=part.packed.device)
     q = ((part.packed[:, :, None] >> shifts) & 15) - 8  # [N, K/8, 8], element 8j + k in nibble k
     groups = q.reshape(part.out_features, -1, part.group_size).to(dtype)  # [N, K/G, G]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batch.kernels import cpu, cpu_attention, cpu_fused, cpu_linear, parallel, reference
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, Int4Linear
+from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear
 from batch.kernels.paging import PagedBatch
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,6 +47,27 @@ def test_routed_experts(dtype, tokens):
     expert = torch.randint(0, experts - 1, (tokens,))  # the last one never chosen
     got = cpu.routed_experts(x, expert, score, weights)
     torch.testing.assert_close(got, reference.routed_experts(x, expert, score, weights), **CLOSE[dtype])
+
+
+def int4(rows, columns, group_size):
+    packed = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
+    return Int4Linear(packed, (torch.randn(rows, columns // group_size) * 0.01).bfloat16(), group_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [128, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+def test_routed_int4_experts(dtype, group_size, tokens):
+    experts, hidden, inner = 3, 256, 384
+    weights = Experts(
+        tuple(FusedLinear((int4(inner, hidden, group_size), int4(inner, hidden, group_size))) for _ in range(experts)),
+        tuple(int4(hidden, inner, group_size) for _ in range(experts)),
+    )
+    x, score = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens).to(dtype)
+    expert = torch.randint(0, experts, (tokens,))
+    got = cpu.routed_experts(x, expert, score, weights)
+    exact = reference.routed_experts(x.double(), expert, score.double(), weights)
+    assert error(got, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def paged(sequences, block_size, kv_heads, dim, dtype):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.cpu_linear import dot_rows
@@ -202,12 +202,12 @@ def _attend(job: Any, like: Any) -> None:
                 out[target + d] = narrow(mixed[m, d] / total, like)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _attend_bf16(job: Any) -> None:
     _attend(job, np.uint16(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _attend_f32(job: Any) -> None:
     _attend(job, np.float32(0))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.simd import bits_to_float, elements_at, narrow, silu_f32, take_item, widen
@@ -130,32 +130,32 @@ def _store_qkv(job: Any, like: Any) -> None:
                 values[cached + i] = qkv[at + i]
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _add_rms_norm_bf16(job: Any) -> None:
     _add_rms_norm(job, np.uint16(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _add_rms_norm_f32(job: Any) -> None:
     _add_rms_norm(job, np.float32(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _silu_mul_bf16(job: Any) -> None:
     _silu_mul(job, np.uint16(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _silu_mul_f32(job: Any) -> None:
     _silu_mul(job, np.float32(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _store_qkv_bf16(job: Any) -> None:
     _store_qkv(job, np.uint16(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _store_qkv_f32(job: Any) -> None:
     _store_qkv(job, np.float32(0))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.cpu_linear import BLOCK_COLUMNS, store_gated_row, store_row
@@ -43,7 +43,7 @@ def _block(rows: Any, columns: Any, x: Any, w: Any, scale: Any, size: Any, out: 
                 _tile_1(at, x_bytes, packed, w_bytes, factors, scale_bytes, w_bytes, to, out_bytes)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _grouped_int4(job: Any) -> None:
     i64, like = np.int64(0), np.uint16(0)
     args = elements_at(job, i64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.simd import elements_at, narrow, silu_f32, size_of, take_item, widen
@@ -95,12 +95,12 @@ def _grouped_linear(job: Any, like: Any) -> None:
                     store_row(like, sums[m * columns :], out, target, columns)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _grouped_linear_bf16(job: Any) -> None:
     _grouped_linear(job, np.uint16(0))
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _grouped_linear_f32(job: Any) -> None:
     _grouped_linear(job, np.float32(0))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from batch.kernels import parallel, reference
 from batch.kernels.linears import Fp8Linear, Int4Linear
@@ -58,22 +58,22 @@ def _expand_bytes(job: Any, like: Any) -> None:
             out[i] = table[source[i]]
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _expand_int4_bf16(job: Any) -> None:
     _expand_int4(job, _BF16)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _expand_int4_f32(job: Any) -> None:
     _expand_int4(job, _F32)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _expand_bytes_bf16(job: Any) -> None:
     _expand_bytes(job, _BF16)
 
 
-@cfunc("void(intp)", cache=True)
+@parallel.Kernel
 def _expand_bytes_f32(job: Any) -> None:
     _expand_bytes(job, _F32)
 

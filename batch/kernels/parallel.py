@@ -21,17 +21,31 @@ import torch
 COUNTER, ITEMS, FIRST_ARG = 0, 1, 2  # layout of a job: counter, number of items, then the kernel's own arguments
 
 
-def run(kernel: Any, items: int, *args: int | torch.Tensor) -> None:
-    """Run `kernel` (a numba cfunc) over `items` items; tensors among `args` are passed as addresses."""
+class Kernel:
+    """Decorates `kernel(job)`: machine code without the GIL, compiled (or read from numba's cache) on first use."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        from numba import cfunc
+
+        return cfunc("void(intp)", cache=True)(self.function)
+
+
+def run(kernel: Kernel, items: int, *args: int | torch.Tensor) -> None:
+    """Run `kernel` over `items` items; tensors among `args` are passed as addresses."""
     if items == 0:
         return
     values = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
     job = (ctypes.c_int64 * (FIRST_ARG + len(values)))(0, items, *values)
     threads = min(torch.get_num_threads(), items)
     if threads == 1:
-        kernel.ctypes(ctypes.addressof(job))
+        kernel.compiled.ctypes(ctypes.addressof(job))
     else:
-        _team()(kernel, ctypes.addressof(job), threads)
+        _team()(kernel.compiled, ctypes.addressof(job), threads)
 
 
 @functools.cache

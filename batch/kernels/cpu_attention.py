@@ -124,82 +124,67 @@ def _mix_tile_rows(
 
 
 @njit(cache=True, error_model="numpy")
+def _gather_queries(q: Any, first: Any, rows: Any, group: Any, heads: Any, dim: Any, local: Any) -> None:
+    """The item's queries, G heads of each token, into consecutive rows of `local` [rows, D]."""
+    for m in range(rows):
+        source = first + (m // group * heads + m % group) * dim
+        for d in range(dim):
+            local[m * dim + d] = q[source + d]
+
+
+@njit(cache=True, error_model="numpy")
+def _store_rows(
+    like: Any, mixed: Any, sums: Any, rows: Any, first: Any, group: Any, heads: Any, dim: Any, out: Any
+) -> None:
+    """mixed [rows, D] divided by the sum of its weights, to where `_gather_queries` took the queries from."""
+    for m in range(rows):
+        total = np.float32(0.0)
+        for i in range(16):
+            total += sums[m, i]
+        target = first + (m // group * heads + m % group) * dim
+        for d in range(dim):
+            out[target + d] = narrow(mixed[m, d] / total, like)
+
+
+@njit(cache=True, error_model="numpy")
 def _attend(job: Any, like: Any) -> None:
-    args = elements_at(job, np.int64(0))
-    i32 = np.int32(0)
+    """Item = (block of one sequence's queries, kv head). Arguments: see `paged_attention`."""
+    args, i32 = elements_at(job, np.int64(0)), np.int32(0)
     items, q, out = args[1], elements_at(args[2], like), elements_at(args[5], like)
-    keys, values, tables, table_width = args[3], args[4], args[6], args[7]
     item_seq, item_row, item_end = elements_at(args[8], i32), elements_at(args[9], i32), elements_at(args[10], i32)
     last_row, cached = elements_at(args[11], i32), elements_at(args[12], i32)
-    heads, kv_heads, dim, block_size = args[13], args[14], args[15], args[16]
-    scale = bits_to_float(np.int32(args[17]))
+    heads, kv_heads, dim, block_size, scale = args[13], args[14], args[15], args[16], bits_to_float(np.int32(args[17]))
     group, width = heads // kv_heads, dim * size_of(like)
     key_bytes, block_bytes = kv_heads * width, block_size * kv_heads * width
-    queries = np.empty(MAX_ROWS * dim, np.uint16) if size_of(like) == 2 else np.empty(MAX_ROWS * dim * 2, np.uint16)
-    local = elements_at(queries.ctypes.data, like)
-    scores, mixed = np.empty((MAX_ROWS, KEYS), np.float32), np.empty((MAX_ROWS, dim), np.float32)
-    sums, best = np.empty((MAX_ROWS, 16), np.float32), np.empty(MAX_ROWS, np.float32)
+    queries, scores = np.empty(MAX_ROWS * width, np.uint8), np.empty((MAX_ROWS, KEYS), np.float32)
+    mixed, sums = np.empty((MAX_ROWS, dim), np.float32), np.empty((MAX_ROWS, 16), np.float32)
+    best, at_q, at_p = np.empty(MAX_ROWS, np.float32), queries.ctypes.data, scores.ctypes.data
     while True:
         item = take_item(job)
         if item >= items:
             return
         work, head = item // kv_heads, item % kv_heads
         seq, begin, end = item_seq[work], item_row[work], item_end[work]
-        table = elements_at(tables + 4 * seq * table_width, i32)
-        rows = (end - begin) * group
-        for m in range(rows):
-            source = ((begin + m // group) * heads + head * group + m % group) * dim
-            for d in range(dim):
-                local[m * dim + d] = q[source + d]
-        mixed[:rows] = 0
-        sums[:rows] = 0
-        best[:rows] = _LOWEST
-        first_seen = cached[seq] - (last_row[seq] - begin) + 1  # positions that the item's first query sees
-        context = first_seen + (end - begin) - 1
-        at_keys, at_values = keys + head * width, values + head * width
+        table = elements_at(args[6] + 4 * seq * args[7], i32)
+        rows, place = (end - begin) * group, (begin * heads + head * group) * dim
+        _gather_queries(q, place, rows, group, heads, dim, elements_at(at_q, like))
+        mixed[:rows], sums[:rows], best[:rows] = 0, 0, _LOWEST
+        seen = cached[seq] - (last_row[seq] - begin) + 1  # positions that the item's first query sees
+        context, at_k, at_v = seen + (end - begin) - 1, args[3] + head * width, args[4] + head * width
         for first in range(0, context, KEYS):
             count = min(KEYS, context - first)
-            _score_tile(
-                like,
-                rows,
-                queries.ctypes.data,
-                at_keys,
-                key_bytes,
-                table,
-                block_size,
-                block_bytes,
-                first,
-                count,
-                width,
-                scores.ctypes.data,
-            )
+            _score_tile(like, rows, at_q, at_k, key_bytes, table, block_size, block_bytes, first, count, width, at_p)
             for m in range(rows):
-                visible = min(max(first_seen + m // group - first, 0), count)
+                visible = min(max(seen + m // group - first, 0), count)
                 if visible > 0:
                     best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
                 else:
                     scores[m] = 0
+            at_mixed = mixed.ctypes.data
             _mix_tile_rows(
-                like,
-                rows,
-                dim,
-                scores.ctypes.data,
-                at_values,
-                key_bytes,
-                table,
-                block_size,
-                block_bytes,
-                first,
-                count,
-                mixed.ctypes.data,
+                like, rows, dim, at_p, at_v, key_bytes, table, block_size, block_bytes, first, count, at_mixed
             )
-        for m in range(rows):
-            total = np.float32(0.0)
-            for i in range(16):
-                total += sums[m, i]
-            target = ((begin + m // group) * heads + head * group + m % group) * dim
-            for d in range(dim):
-                out[target + d] = narrow(mixed[m, d] / total, like)
+        _store_rows(like, mixed, sums, rows, place, group, heads, dim, out)
 
 
 @parallel.Kernel

@@ -14,7 +14,7 @@ from numba import njit
 from batch.kernels import parallel
 from batch.kernels.simd import bits_to_float, elements_at, narrow, silu_f32, take_item, widen
 
-TOKENS = 8  # per work item
+TOKENS = 32  # per work item: a small step is not worth waking other threads
 _I64 = np.int64(0)
 _F32 = np.float32(0)
 

@@ -33,7 +33,7 @@ def reference_only() -> Iterator[None]:
 
 @functools.cache
 def _cpu() -> Any:
-    """Imported on first use: it compiles kernels, or reads them from numba's cache."""
+    """Imported on first use: a GPU run does without numba."""
     from batch.kernels import cpu
 
     return cpu

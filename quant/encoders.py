@@ -39,9 +39,13 @@ class Encoder(ABC):
         Raises UsageError where the recipe does not fit the tensor.
         """
 
+    def fixed(self, info: TensorInfo, stored: str) -> dict[str, torch.Tensor]:
+        """Parts that do not depend on the weight; `encode` does not give them."""
+        return {}
+
     @abstractmethod
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
-        """Encode rows [row, row + len(weight)). Raises CheckpointError for NaN or Inf."""
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+        """Encode rows [row, row + len(weight)) into `scratch`. Raises CheckpointError for NaN or Inf."""
 
     @abstractmethod
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
@@ -56,7 +60,7 @@ class Copy(Encoder):
     def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
         return [TensorSpec(stored, info.shape, info.dtype)]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
         ops.require_finite(weight, info.name, row)
         return Encoded([(stored, weight, row)])
 
@@ -86,11 +90,12 @@ class Int4(Encoder):
             TensorSpec(stored + "_shape", (2,), torch.int64),
         ]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
-        result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row)
+    def fixed(self, info: TensorInfo, stored: str) -> dict[str, torch.Tensor]:
+        return {stored + "_shape": torch.tensor(info.shape, dtype=torch.int64)}
+
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+        result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row, scratch)
         pieces = [(stored + "_packed", result.packed, row), (stored + "_scale", result.scale, row)]
-        if row == 0:
-            pieces.append((stored + "_shape", torch.tensor(info.shape, dtype=torch.int64), 0))
         return Encoded(pieces, result.error, result.square)
 
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
@@ -111,8 +116,8 @@ class Fp8(Encoder):
         scale = TensorSpec(stored + "_scale", (out, 1), torch.bfloat16)
         return [TensorSpec(stored, (out, cols), torch.float8_e4m3fn), scale]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
-        result = ops.fp8(_to(weight, self.device), info.name, row)
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+        result = ops.fp8(_to(weight, self.device), info.name, row, scratch)
         pieces = [(stored, result.weight, row), (stored + "_scale", result.scale, row)]
         return Encoded(pieces, result.error, result.square)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,32 @@ class Fp8:
     square: torch.Tensor
 
 
-def int4(weight: torch.Tensor, group_size: int, scale_method: str, name: str = "weight", row0: int = 0) -> Int4:
+class Scratch:
+    """Result memory used again and again by one thread: fresh pages would cost more than the kernels.
+
+    What a call returns lies in here until the next call with the same Scratch.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized tensor; `use` keeps apart what lives at the same time."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        held = self._held.get(use)
+        if held is None or held.nbytes < nbytes:
+            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes].view(dtype).view(shape)
+
+
+def int4(
+    weight: torch.Tensor,
+    group_size: int,
+    scale_method: str,
+    name: str = "weight",
+    row0: int = 0,
+    scratch: Scratch | None = None,
+) -> Int4:
     """Quantize rows of a weight [out, in], stored by rows or (a fused expert) by columns. `scale_method`: absmax, mse.
 
     NaN or Inf raises CheckpointError naming `name` and the element; `row0` is the first row's place in that tensor.
@@ -41,13 +67,12 @@ def int4(weight: torch.Tensor, group_size: int, scale_method: str, name: str = "
         raise ValueError(f"{cols} columns do not divide into groups of {group_size}")
     if weight.device.type != "cpu":
         _require_finite(weight, name, row0)
-        q, scale = reference.int4_quantize(weight, group_size, scale_method)
-        error, square = reference.squared_error(weight, reference.int4_dequantize(q, scale), group_size)
-        return Int4(reference.int4_pack(q).cpu(), scale.cpu(), error.cpu(), square.cpu())
+        return int4_reference(weight, group_size, scale_method)
     from quant.kernels.int4 import int4_rows
 
-    packed = torch.empty(rows, cols // 8, dtype=torch.int32)
-    scale = torch.empty(rows, cols // group_size, dtype=torch.bfloat16)
+    scratch = scratch or Scratch()
+    packed = scratch.empty("packed", (rows, cols // 8), torch.int32)
+    scale = scratch.empty("scale", (rows, cols // group_size), torch.bfloat16)
     row_error, row_square = np.empty(rows), np.empty(rows)
     source, stride, transposed = _flat(weight)
     bf16 = weight.dtype == torch.bfloat16
@@ -59,18 +84,17 @@ def int4(weight: torch.Tensor, group_size: int, scale_method: str, name: str = "
     return Int4(packed, scale, torch.from_numpy(row_error), torch.from_numpy(row_square))
 
 
-def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
+def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0, scratch: Scratch | None = None) -> Fp8:
     """Quantize rows of a weight [out, in] to e4m3fn with one scale per row. Arguments and errors as `int4`."""
     rows, cols = weight.shape
     if weight.device.type != "cpu":
         _require_finite(weight, name, row0)
-        q, scale = reference.fp8_quantize(weight)
-        error, square = reference.squared_error(weight, reference.fp8_dequantize(q, scale), reference.FP8_BLOCK)
-        return Fp8(q.cpu(), scale.cpu(), error.cpu(), square.cpu())
+        return fp8_reference(weight)
     from quant.kernels.fp8 import fp8_rows
 
-    out = torch.empty(rows, cols, dtype=torch.uint8)
-    scale = torch.empty(rows, 1, dtype=torch.bfloat16)
+    scratch = scratch or Scratch()
+    out = scratch.empty("packed", (rows, cols), torch.uint8)
+    scale = scratch.empty("scale", (rows, 1), torch.bfloat16)
     row_error, row_square = np.empty(rows), np.empty(rows)
     source, stride, transposed = _flat(weight)
     bf16 = weight.dtype == torch.bfloat16
@@ -78,6 +102,20 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0) -> Fp8:
     if bad >= 0:
         _require_finite(weight, name, row0)
     return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(row_error), torch.from_numpy(row_square))
+
+
+def int4_reference(weight: torch.Tensor, group_size: int, scale_method: str) -> Int4:
+    """The specification's result in this module's form, computed where `weight` is, returned on the CPU."""
+    q, scale = reference.int4_quantize(weight, group_size, scale_method)
+    error, square = reference.squared_error(weight, reference.int4_dequantize(q, scale), group_size)
+    return Int4(reference.int4_pack(q).cpu(), scale.cpu(), error.cpu(), square.cpu())
+
+
+def fp8_reference(weight: torch.Tensor) -> Fp8:
+    """As `int4_reference`."""
+    q, scale = reference.fp8_quantize(weight)
+    error, square = reference.squared_error(weight, reference.fp8_dequantize(q, scale), reference.FP8_BLOCK)
+    return Fp8(q.cpu(), scale.cpu(), error.cpu(), square.cpu())
 
 
 def require_finite(tensor: torch.Tensor, name: str, row0: int = 0) -> None:

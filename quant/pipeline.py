@@ -7,7 +7,7 @@ calls run without the GIL); another thread flushes what was written, and seals t
 from __future__ import annotations
 
 import json
-import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from converters.reader import Reader
-from converters.writer import DEFAULT_SHARD_BYTES, ShardFile, ShardPlan, exists, write_index
+from converters.writer import DEFAULT_SHARD_BYTES, ShardPlan, exists, write_index
 from l4tool.core.atomic import write_errors, write_file
 from l4tool.core.console import Progress, note
-from quant import checks, journal, report
+from quant import checks, journal, ops, report
+from quant.hashing import file_sha256
 from quant.plan import Budget, Item, Plan, Unit, build_plan, make_budget, split
 from quant.schemes import Recipe, quantization_config
+from quant.shards import Done, OpenShard
 
-FLUSH_BYTES = 256 * 2**20  # dirty pages are sent to the disk this often, so that sealing a shard finds few
 QUEUED_UNITS = 2  # units beyond the running ones: their source is being read ahead
 RELEASE_LAG = 4  # items after which a finished item's mapped pages are dropped; gate and up share them
 
@@ -96,7 +97,7 @@ def _intact(out: Path, shard: ShardPlan, finished: dict[str, dict[str, Any]]) ->
     if entry is None or not exists(out, shard):
         return False
     path = out / shard.file_name
-    return path.stat().st_mtime_ns == entry["mtime_ns"] or report.file_sha256(path) == entry["sha256"]
+    return path.stat().st_mtime_ns == entry["mtime_ns"] or file_sha256(path) == entry["sha256"]
 
 
 class _Run:
@@ -106,47 +107,44 @@ class _Run:
         self.reader, self.out, self.plan, self.budget, self.log = reader, out, plan, budget, log
         self.workers = ThreadPoolExecutor(budget.jobs, thread_name_prefix="quantize")
         self.sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self.flush: Future[None] | None = None
-        self.unflushed = 0
+        self.local = threading.local()
         self.used: deque[str] = deque()
 
     def run(self) -> None:
         """Every shard that the journal lacks. On any exception what runs is waited for and the rest dropped."""
-        todo = [(s, items) for s, items in zip(self.plan.shards, self.plan.items, strict=True) if self._lacks(s)]
+        todo = [(s, i) for s, i in zip(self.plan.shards, self.plan.items, strict=True) if self._lacks(s)]
         left = sum(item.info.nbytes for _, items in todo for item in items)
         seal: Future[None] | None = None
-        open_shard: ShardFile | None = None
+        opened: list[OpenShard] = []
         try:
             with Progress("quantize", self.plan.source_bytes, initial=self.plan.source_bytes - left) as progress:
                 for shard_plan, items in todo:
-                    open_shard = ShardFile(self.out, shard_plan)
-                    sums = self._encode(open_shard, items, progress)
+                    shard = OpenShard(self.out, shard_plan, items, self.sealer)
+                    opened = [*opened[-1:], shard]  # the one before may still be sealed
+                    self._encode(shard, items, progress)
                     if seal is not None:
                         seal.result()
-                    seal = self.sealer.submit(self._seal, open_shard, sums)
+                    seal = self.sealer.submit(self._seal, shard)
                 if seal is not None:
                     seal.result()
         finally:
             self.workers.shutdown(cancel_futures=True)
             self.sealer.shutdown(cancel_futures=True)
-            if open_shard is not None:
-                open_shard.close()
+            for shard in opened:
+                shard.close()
 
     def _lacks(self, shard: ShardPlan) -> bool:
         return shard.file_name not in self.log.shards
 
-    def _encode(self, shard: ShardFile, items: list[Item], progress: Progress) -> dict[str, list[float]]:
-        """All units of one shard → canonical name → [squared error, squared weight] of the quantized tensors."""
-        units = (unit for item in items for unit in split(item, self.budget))
-        sums = _Sums()
-        running: set[Future[_Done]] = set()
-        for unit in self._read_ahead(units):
+    def _encode(self, shard: OpenShard, items: list[Item], progress: Progress) -> None:
+        """All units of one shard, with few more submitted than run."""
+        running: set[Future[Done]] = set()
+        for unit in self._read_ahead(unit for item in items for unit in split(item, self.budget)):
             running.add(self.workers.submit(self._work, shard, unit))
             if len(running) >= self.budget.jobs + QUEUED_UNITS:
-                running = self._collect(shard, running, sums, progress)
+                running = self._collect(shard, running, progress)
         while running:
-            running = self._collect(shard, running, sums, progress)
-        return sums.totals
+            running = self._collect(shard, running, progress)
 
     def _read_ahead(self, units: Iterator[Unit]) -> Iterator[Unit]:
         last = None
@@ -156,83 +154,43 @@ class _Run:
                 last = unit.item
             yield unit
 
-    def _work(self, shard: ShardFile, unit: Unit) -> _Done:
+    def _work(self, shard: OpenShard, unit: Unit) -> Done:
         """Encode and write one unit; runs in a worker thread."""
         item = unit.item
         rows = slice(unit.start, unit.stop) if item.info.shape else None
         weight = self.reader.read(item.info.name, rows)
-        encoded = item.encoder.encode(weight, item.info, item.stored, unit.start)
-        written = 0
-        for name, tensor, row in encoded.pieces:
-            shard.write(name, tensor, row)
-            written += tensor.nbytes
+        encoded = item.encoder.encode(weight, item.info, item.stored, unit.start, self._scratch())
+        shard.write(encoded.pieces)
+        written = sum(tensor.nbytes for _, tensor, _ in encoded.pieces)
         if encoded.error is None or encoded.square is None:
-            return _Done(unit, written, None)
-        return _Done(unit, written, (encoded.error.tolist(), encoded.square.tolist()))
+            return Done(unit, written, None)
+        return Done(unit, written, (encoded.error.tolist(), encoded.square.tolist()))
 
-    def _collect(
-        self, shard: ShardFile, running: set[Future[_Done]], sums: _Sums, progress: Progress
-    ) -> set[Future[_Done]]:
+    def _scratch(self) -> ops.Scratch:
+        """This worker's own result memory."""
+        if not hasattr(self.local, "scratch"):
+            self.local.scratch = ops.Scratch()
+        scratch: ops.Scratch = self.local.scratch
+        return scratch
+
+    def _collect(self, shard: OpenShard, running: set[Future[Done]], progress: Progress) -> set[Future[Done]]:
         """Wait for at least one unit and account for it; returns those still running. Raises what a unit raised."""
         finished, running = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             done = future.result()
-            sums.add(done)
-            self._release(done.unit)
-            self.unflushed += done.written
+            if shard.add(done):
+                self._release(done.unit.item)
             progress.advance(done.unit.nbytes)
-        if self.unflushed >= FLUSH_BYTES and (self.flush is None or self.flush.done()):
-            if self.flush is not None:
-                self.flush.result()
-            self.unflushed = 0
-            self.flush = self.sealer.submit(shard.sync)
         return running
 
-    def _release(self, unit: Unit) -> None:
+    def _release(self, item: Item) -> None:
         """Drop mapped source pages some items later, so that resident memory stays small too."""
-        if unit.stop == unit.item.rows:
-            self.used.append(unit.item.info.name)
-            if len(self.used) > RELEASE_LAG + self.budget.jobs:
-                self.reader.release(self.used.popleft())
+        self.used.append(item.info.name)
+        if len(self.used) > RELEASE_LAG + self.budget.jobs:
+            self.reader.release(self.used.popleft())
 
-    def _seal(self, shard: ShardFile, sums: dict[str, list[float]]) -> None:
-        """Make a shard durable under its final name, then say so in the journal; runs in the sealer thread."""
-        with ThreadPoolExecutor(1) as helper:
-            synced = helper.submit(shard.sync)
-            digest = report.file_sha256(shard.part)
-            synced.result()
-        shard.finish()
-        stat = shard.path.stat()
-        entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "tensors": sums}
-        self.log.add_shard(shard.path.name, entry)
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A finished unit: bytes written, and per row [squared error], [squared weight] where it was quantized."""
-
-    unit: Unit
-    written: int
-    rows: tuple[list[float], list[float]] | None
-
-
-class _Sums:
-    """Per-tensor totals. Exact sums over rows, so that they do not depend on the split or the order."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, list[float]] = {}
-        self._rows: dict[str, tuple[list[float], list[float]]] = {}
-
-    def add(self, done: _Done) -> None:
-        if done.rows is None:
-            return
-        name = done.unit.item.info.name
-        error, square = self._rows.setdefault(name, ([], []))
-        error += done.rows[0]
-        square += done.rows[1]
-        if len(error) == done.unit.item.rows:
-            self.totals[name] = [math.fsum(error), math.fsum(square)]
-            del self._rows[name]
+    def _seal(self, shard: OpenShard) -> None:
+        self.log.add_shard(shard.file.path.name, shard.seal())
 
 
 def _complete(

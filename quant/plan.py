@@ -17,16 +17,17 @@ from quant.schemes import Recipe, class_of
 
 BASE_BYTES = 512 * 2**20  # Python, torch, numba and its compiler before any weight is touched
 MAX_UNIT_BYTES = 128 * 2**20  # of source; larger units only make the last one to finish wait longer
-ROW_ALIGNMENT = 64  # rows of a kernel tile
+ROW_ALIGNMENT = 128  # rows of a kernel tile
 
 
 @dataclass(frozen=True)
 class Item:
-    """One canonical tensor on its way: `stored` is its name in the output, `encoder` makes its parts."""
+    """One canonical tensor on its way: `stored` is its name in the output, `encoder` makes its `parts`."""
 
     info: TensorInfo
     stored: str
     encoder: Encoder
+    parts: tuple[str, ...]
     nbytes_out: int
 
     @property
@@ -82,7 +83,7 @@ def build_plan(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int
         encoder = encoders[recipe.kind_of(name)]
         stored = name.removeprefix(TEXT_PREFIX) if text_only else name
         parts = encoder.parts(info, stored)
-        item = Item(info, stored, encoder, sum(part.nbytes for part in parts))
+        item = Item(info, stored, encoder, tuple(part.name for part in parts), sum(part.nbytes for part in parts))
         items.append(item)
         specs += parts
         owner.update({part.name: item for part in parts})

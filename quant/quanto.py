@@ -55,7 +55,7 @@ class QuantoInt4(Encoder):
             TensorSpec(stored + "._shift", (groups, 1), info.dtype),
         ]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
         from optimum.quanto import qint4, quantize_weight
 
         weight = weight.contiguous()
@@ -84,7 +84,7 @@ class QuantoFp8(Encoder):
         data = TensorSpec(stored + "._data", info.shape, torch.float8_e4m3fn)
         return [data, TensorSpec(stored + "._scale", (info.shape[0], 1), info.dtype)]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
         from optimum.quanto import AbsmaxOptimizer, qfloat8_e4m3fn, quantize_weight
 
         weight = weight.contiguous()

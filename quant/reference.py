@@ -19,7 +19,7 @@ ZERO_GROUP_SCALE = 2.0**-7
 
 def int4_absmax_scale(groups: torch.Tensor) -> torch.Tensor:
     """float32 groups [out, n, g] → float32 scale [out, n] = bf16(absmax / 7.5), as compressed-tensors computes it."""
-    scale = (groups.abs().amax(-1) / 7.5).bfloat16().float()
+    scale = _divide(groups.abs().amax(-1), 7.5).bfloat16().float()
     return torch.where(scale == 0, torch.full_like(scale, ZERO_GROUP_SCALE), scale)
 
 
@@ -79,7 +79,7 @@ def int4_dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def fp8_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [out, in] bf16/f16/f32 → (e4m3fn [out, in], scale bf16 [out, 1] = absmax / 448)."""
-    scale = (weight.float().abs().amax(-1, keepdim=True) / FP8_MAX).bfloat16().float()
+    scale = _divide(weight.float().abs().amax(-1, keepdim=True), FP8_MAX).bfloat16().float()
     scale = torch.where(scale == 0, torch.full_like(scale, ZERO_GROUP_SCALE), scale)
     quotient = weight.float() / scale
     if weight.dtype == torch.bfloat16:
@@ -102,6 +102,11 @@ def squared_error(weight: torch.Tensor, back: torch.Tensor, block: int) -> tuple
         error += _column_sum(d * d).double()
         square += _column_sum(x * x).double()
     return error, square
+
+
+def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, correctly rounded on every device: CUDA would multiply by the inverse of a Python number."""
+    return x / torch.tensor(by, device=x.device)
 
 
 def _round_q(quotient: torch.Tensor) -> torch.Tensor:

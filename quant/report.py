@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from converters.reader import Reader
@@ -17,16 +15,6 @@ from quant.plan import Budget, Plan
 from quant.schemes import Recipe
 
 WORST = 5
-HASH_CHUNK_BYTES = 2**20
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file; hashing runs without the GIL."""
-    digest, buffer = hashlib.sha256(), bytearray(HASH_CHUNK_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def build(

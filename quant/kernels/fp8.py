@@ -8,6 +8,7 @@ from quant.kernels.bits import (
     ABS_MASK,
     INF_BITS,
     LANES,
+    STAGE_ROWS,
     ZERO_GROUP_SCALE,
     bits_float,
     float_bits,
@@ -95,7 +96,7 @@ def fp8_rows(src, ld, transposed, bf16_source, out, scales, error, square):  # t
     largest = np.empty(rows, np.int32)
     row_absmax(src, ld, transposed, rows, cols, largest)
     tile = np.empty((TILE_COLS, LANES), np.float32)
-    stage = np.empty((LANES, TILE_COLS), np.float32)
+    stage = np.empty((STAGE_ROWS, TILE_COLS), np.float32)
     codes = np.empty((TILE_COLS, LANES), np.uint8)
     work = np.empty((2, LANES), np.float32)
     scale = np.ones(LANES, np.float32)

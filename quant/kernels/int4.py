@@ -11,6 +11,7 @@ from quant.kernels.bits import (
     INF_BITS,
     LANES,
     ROUND_MAGIC,
+    STAGE_ROWS,
     TINY_SCALE,
     UNROLL,
     ZERO_GROUP_SCALE,
@@ -18,6 +19,7 @@ from quant.kernels.bits import (
     jit,
     load_tile,
     round_bf16,
+    round_even,
 )
 
 NUM_CANDIDATES = 9
@@ -36,7 +38,7 @@ def clamp_q(u):  # type: ignore[no-untyped-def]
 @jit
 def round_q(u):  # type: ignore[no-untyped-def]
     """A quotient → the nearest q in [-8, 7] as float32, ties to even."""
-    return (clamp_q(u) + ROUND_MAGIC) - ROUND_MAGIC
+    return round_even(clamp_q(u))
 
 
 @jit
@@ -73,17 +75,30 @@ def absmax_scale(tile, work, scale):  # type: ignore[no-untyped-def]
 
 
 @jit
+def squared(u):  # type: ignore[no-untyped-def]
+    """(u - q)**2 of a quotient."""
+    d = u - round_q(u)
+    return d * d
+
+
+@jit
 def search_error(tile, inverse, error):  # type: ignore[no-untyped-def]
-    """error[C, R] = sum over k of (w/s - q)**2 with 1/s from inverse[C, R]."""
+    """error[C, R] = sum over k of (w/s - q)**2 with 1/s from inverse[C, R]; three candidates share a pass."""
     n_cols, lanes = tile.shape
     error[:] = ZERO
-    for k in range(n_cols):
-        for r in range(lanes):
-            w = tile[k, r]
-            for c in range(NUM_CANDIDATES):
-                u = w * inverse[c, r]
-                d = u - round_q(u)
-                error[c, r] += d * d
+    for c in range(0, NUM_CANDIDATES, 3):
+        inv0, inv1, inv2 = inverse[c], inverse[c + 1], inverse[c + 2]
+        sum0, sum1, sum2 = error[c], error[c + 1], error[c + 2]
+        for k in range(0, n_cols, UNROLL):
+            for r in range(lanes):
+                i0, i1, i2 = inv0[r], inv1[r], inv2[r]
+                e0, e1, e2 = sum0[r], sum1[r], sum2[r]
+                for i in range(UNROLL):
+                    w = tile[k + i, r]
+                    e0 += squared(w * i0)
+                    e1 += squared(w * i1)
+                    e2 += squared(w * i2)
+                sum0[r], sum1[r], sum2[r] = e0, e1, e2
 
 
 @jit
@@ -190,7 +205,7 @@ def int4_rows(src, ld, transposed, mse, bf16_source, packed, scales, error, squa
     rows, groups = scales.shape
     n_words = packed.shape[1] // groups
     tile = np.empty((8 * n_words, LANES), np.float32)
-    stage = np.empty((LANES, 8 * n_words), np.float32)
+    stage = np.empty((STAGE_ROWS, 8 * n_words), np.float32)
     work = np.empty((2 * NUM_CANDIDATES + 2, LANES), np.float32)
     words = np.empty((n_words, LANES), np.int32)
     scale = np.empty(LANES, np.float32)

@@ -30,13 +30,10 @@ def weight(rows, cols, dtype=torch.bfloat16, seed=0, transposed=False, outliers=
 
 
 def assert_int4_equals_reference(w, group_size, method):
-    result = ops.int4(w, group_size, method)
-    q, scale = reference.int4_quantize(w, group_size, method)
-    assert torch.equal(result.scale.view(torch.int16), scale.view(torch.int16))
-    assert torch.equal(result.packed, reference.int4_pack(q))
-    error, square = reference.squared_error(w, reference.int4_dequantize(q, scale), group_size)
-    assert torch.equal(result.error, error)
-    assert torch.equal(result.square, square)
+    result, expected = ops.int4(w, group_size, method), ops.int4_reference(w, group_size, method)
+    assert torch.equal(result.scale.view(torch.int16), expected.scale.view(torch.int16))
+    for field in ("packed", "error", "square"):
+        assert torch.equal(getattr(result, field), getattr(expected, field)), field
 
 
 @pytest.mark.parametrize("method", ["absmax", "mse"])
@@ -146,3 +143,18 @@ def test_nonfinite_weights_are_named(bad, transposed):
     for run in (lambda: ops.int4(w, 128, "mse", name="a.weight"), lambda: ops.fp8(w, name="a.weight")):
         with pytest.raises(CheckpointError, match=r"a\.weight\[71, 130\] is -?(nan|inf)"):
             run()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu():
+    for dtype in DTYPES:
+        w = weight(300, 640, dtype, seed=5)
+        for method in ("absmax", "mse"):
+            ours, theirs = ops.int4(w, 128, method), ops.int4(w.cuda(), 128, method)
+            assert all(
+                torch.equal(getattr(ours, f), getattr(theirs, f)) for f in ("packed", "scale", "error", "square")
+            )
+        ours8, theirs8 = ops.fp8(w), ops.fp8(w.cuda())
+        assert torch.equal(ours8.weight.view(torch.uint8), theirs8.weight.view(torch.uint8))
+        assert torch.equal(ours8.scale, theirs8.scale)

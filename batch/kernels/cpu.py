@@ -72,11 +72,27 @@ def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
     return expert, reference.sigmoid(best).to(x.dtype)
 
 
+def moe(
+    x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.moe`; in a small step the shared expert is one more group of the routed experts' two calls."""
+    expert, score = route(x, router)
+    tokens = x.shape[0]
+    if tokens <= MAX_TILED_ROWS and cpu_fused.fits(x):
+        order, starts, inputs = _group_by_expert(x, expert, score, len(experts.down), copies=2)
+        inputs[tokens:] = x
+        hidden = _grouped(inputs, (*experts.gate_up, shared_gate_up), [*starts, 2 * tokens], gated=True)  # [2T, I]
+        if hidden is not None:
+            places = torch.cat([order, torch.arange(tokens, 2 * tokens)])
+            out = _grouped(hidden, (*experts.down, shared_down), [*starts, 2 * tokens], order=places)  # [2T, H]
+            if out is not None:
+                return out[tokens:], out[:tokens]
+    return mlp(x, shared_gate_up, shared_down), routed_experts(x, expert, score, experts)
+
+
 def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, weights: Experts) -> torch.Tensor:
     """As `reference.routed_experts`; a small step's experts are computed in two calls for all of them."""
-    order = expert.argsort(stable=True)
-    starts = [0, *torch.bincount(expert, minlength=len(weights.down)).cumsum(0).tolist()]
-    scaled = (x * score[:, None])[order]  # [T, H]
+    order, starts, scaled = _group_by_expert(x, expert, score, len(weights.down))
     hidden = _grouped(scaled, weights.gate_up, starts, gated=True)  # [T, I]
     if hidden is not None:
         out = _grouped(hidden, weights.down, starts, order=order)
@@ -87,6 +103,20 @@ def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, w
         if end > begin:
             out[order[begin:end]] = mlp(scaled[begin:end], weights.gate_up[index], weights.down[index])
     return out
+
+
+def _group_by_expert(
+    x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, num_experts: int, copies: int = 1
+) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """(order int64 [T] by expert, first row of each expert and T, x · score in that order with room for more rows)."""
+    order = expert.argsort(stable=True)
+    starts = [0, *torch.bincount(expert, minlength=num_experts).cumsum(0).tolist()]
+    scaled = x.new_empty((copies * x.shape[0], x.shape[1]))  # [copies · T, H]
+    if cpu_fused.fits(x) and score.is_contiguous():
+        cpu_fused.gather_scaled(x, score, order, scaled)
+    else:
+        scaled[: x.shape[0]] = (x * score[:, None])[order]
+    return order, starts, scaled
 
 
 def _grouped(

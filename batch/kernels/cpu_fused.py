@@ -130,6 +130,32 @@ def _store_qkv(job: Any, like: Any) -> None:
                 values[cached + i] = qkv[at + i]
 
 
+@njit(cache=True, error_model="numpy")
+def _gather_scaled(job: Any, like: Any) -> None:
+    args = elements_at(job, _I64)
+    items, tokens, size = args[1], args[2], args[3]
+    x, score, order = elements_at(args[4], like), elements_at(args[5], like), elements_at(args[6], _I64)
+    out = elements_at(args[7], like)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            source, factor, at = order[token] * size, widen(score[order[token]]), token * size
+            for i in range(size):
+                out[at + i] = narrow(widen(x[source + i]) * factor, like)
+
+
+@parallel.Kernel
+def _gather_scaled_bf16(job: Any) -> None:
+    _gather_scaled(job, np.uint16(0))
+
+
+@parallel.Kernel
+def _gather_scaled_f32(job: Any) -> None:
+    _gather_scaled(job, np.float32(0))
+
+
 @parallel.Kernel
 def _add_rms_norm_bf16(job: Any) -> None:
     _add_rms_norm(job, np.uint16(0))
@@ -161,6 +187,7 @@ def _store_qkv_f32(job: Any) -> None:
 
 
 _ADD_RMS_NORM = {torch.bfloat16: _add_rms_norm_bf16, torch.float32: _add_rms_norm_f32}
+_GATHER_SCALED = {torch.bfloat16: _gather_scaled_bf16, torch.float32: _gather_scaled_f32}
 _SILU_MUL = {torch.bfloat16: _silu_mul_bf16, torch.float32: _silu_mul_f32}
 _STORE_QKV = {torch.bfloat16: _store_qkv_bf16, torch.float32: _store_qkv_f32}
 
@@ -187,6 +214,12 @@ def add_rms_norm(
         first, second,
     )  # fmt: skip
     return out
+
+
+def gather_scaled(x: torch.Tensor, score: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
+    """out [T, H] = x[order] · score[order], for x [T, H], score [T], order int64 [T]."""
+    tokens, size = x.shape
+    parallel.run(_GATHER_SCALED[x.dtype], _items(tokens), tokens, size, x, score, order, out)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -73,9 +73,7 @@ def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     return _kernels(x).mlp(x, gate_up, down)
 
 
-def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    return _kernels(x).route(x, router)
-
-
-def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, weights: Experts) -> torch.Tensor:
-    return _kernels(x).routed_experts(x, expert, score, weights)
+def moe(
+    x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels(x).moe(x, router, experts, shared_gate_up, shared_down)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 COUNTER, ITEMS, FIRST_ARG = 0, 1, 2  # layout of a job: counter, number of items, then the kernel's own arguments
+MIN_ITEMS = 2  # per thread: less is not worth waking it
 
 
 class Kernel:
@@ -41,8 +42,8 @@ def run(kernel: Kernel, items: int, *args: int | torch.Tensor) -> None:
         return
     values = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
     job = (ctypes.c_int64 * (FIRST_ARG + len(values)))(0, items, *values)
-    threads = min(torch.get_num_threads(), items)
-    if threads == 1:
+    threads = min(torch.get_num_threads(), items // MIN_ITEMS)
+    if threads <= 1:
         kernel.compiled.ctypes(ctypes.addressof(job))
     else:
         _team()(kernel.compiled, ctypes.addressof(job), threads)

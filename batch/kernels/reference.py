@@ -205,3 +205,11 @@ def routed_experts(x: torch.Tensor, expert: torch.Tensor, score: torch.Tensor, w
             out[order[rows]] = mlp(scaled[rows], weights.gate_up[index], weights.down[index])
             begin += count
     return out
+
+
+def moe(
+    x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, H] → the shared expert's output and each token's routed one, both [T, H]; their sum is the layer's."""
+    expert, score = route(x, router)  # [T], [T]
+    return mlp(x, shared_gate_up, shared_down), routed_experts(x, expert, score, experts)

@@ -99,6 +99,4 @@ def feed_forward(x: torch.Tensor, weights: MoeWeights | MlpWeights) -> tuple[tor
     """x [T, H] → what to add to the residual, each [T, H]: one dense MLP's output, or the shared and the routed one."""
     if isinstance(weights, MlpWeights):
         return (ops.mlp(x, weights.gate_up, weights.down),)
-    expert, score = ops.route(x, weights.router)  # [T], [T]
-    shared = ops.mlp(x, weights.shared_gate_up, weights.shared_down)
-    return shared, ops.routed_experts(x, expert, score, weights.experts)
+    return ops.moe(x, weights.router, weights.experts, weights.shared_gate_up, weights.shared_down)

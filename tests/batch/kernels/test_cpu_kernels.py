@@ -49,6 +49,21 @@ def test_routed_experts(dtype, tokens):
     torch.testing.assert_close(got, reference.routed_experts(x, expert, score, weights), **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 30, 150])
+def test_moe(dtype, tokens):
+    experts, hidden, inner = 4, 64, 96
+    gate_up = [DenseLinear((torch.randn(2 * inner, hidden) * 0.1).to(dtype)) for _ in range(experts + 1)]
+    down = [DenseLinear((torch.randn(hidden, inner) * 0.1).to(dtype)) for _ in range(experts + 1)]
+    router = DenseLinear(torch.randn(experts, hidden).to(dtype))
+    routed = Experts(tuple(gate_up[1:]), tuple(down[1:]))
+    x = torch.randn(tokens, hidden).to(dtype)
+    got = cpu.moe(x, router, routed, gate_up[0], down[0])
+    expected = reference.moe(x, router, routed, gate_up[0], down[0])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE[dtype])
+
+
 def int4(rows, columns, group_size):
     packed = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
     return Int4Linear(packed, (torch.randn(rows, columns // group_size) * 0.01).bfloat16(), group_size)

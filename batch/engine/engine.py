@@ -24,6 +24,7 @@ from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
 
 MAX_POOL_BLOCKS = 1 << 20  # bounds the bookkeeping where a kind of layer is absent and its blocks cost nothing
+MAX_PIXEL_BYTES = 1 << 30  # pictures of unfinished sequences past which no more requests are asked for
 FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
 GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
 
@@ -80,6 +81,7 @@ class Engine:
         self.stats = EngineStats()
         self._good_steps = 0
         self._failures_in_a_row = 0
+        self._pixel_bytes = 0  # of all sequences that wait or run
 
     # -- the way in and out
 
@@ -94,6 +96,7 @@ class Engine:
         return (
             len(self.scheduler.running) + len(waiting) < self.scheduler.max_seqs
             and sum(s.num_left for s in waiting) < self.scheduler.max_batch_tokens
+            and self._pixel_bytes < MAX_PIXEL_BYTES
         )
 
     def add(
@@ -113,8 +116,11 @@ class Engine:
         sequence.error = self._refusal(sequence, images)
         if sequence.error is None and sampling.max_tokens == 0:
             sequence.finish_reason = "length"
-        if not sequence.is_over:
+        if sequence.is_over:
+            sequence.images = None
+        else:
             self.scheduler.add(sequence)
+            self._pixel_bytes += sequence.images.pixel_bytes if sequence.images is not None else 0
         return sequence
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -233,7 +239,8 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.images is not None:
-            sequence.images.clear()
+            self._pixel_bytes -= sequence.images.pixel_bytes
+            sequence.images = None
         self.scheduler.finish(sequence)
 
     # -- memory and books

@@ -61,10 +61,12 @@ class SequenceImages:
         for i in [i for i in self._features if self.bounds[i + 1] <= done]:
             del self._features[i]
 
-    def clear(self) -> None:
-        self._features.clear()
-
     @property
     def num_bytes(self) -> int:
         """Bytes of the features held now."""
         return sum(f.numel() * f.element_size() for f in self._features.values())
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pictures themselves, kept until the sequence is over: a preempted one needs them again."""
+        return sum(image.pixels.nbytes for image in self.images)

@@ -183,12 +183,25 @@ def test_images_are_encoded_once_and_forgotten(scout, illustrated, monkeypatch):
     held = []
     while engine.has_work:
         engine.step()
-        held.append(sum(s.images.num_bytes for s in sequences))
+        held.append(sum(s.images.num_bytes for s in sequences if s.images is not None))
     assert sorted(map(id, encoded)) == sorted(id(image) for images in pictures for image in images)
     row_bytes = scout.arch.text.hidden_size * 4
     largest = 5 * scout.arch.vision.tokens_per_tile * row_bytes
     assert 0 < max(held) <= largest + 2 * 3 * scout.arch.vision.tokens_per_tile * row_bytes
     assert held[-1] == 0 and engine.stats.peak_image_bytes >= largest
+
+
+def test_pictures_of_unfinished_sequences_hold_back_new_requests(scout, illustrated, monkeypatch):
+    prompts, pictures, expected = illustrated
+    monkeypatch.setattr("batch.engine.engine.MAX_PIXEL_BYTES", pictures[2][1].pixels.nbytes)
+    engine = make_engine(scout)
+    sequences = [engine.add(0, prompts[0], SamplingParams(8), pictures[0])]
+    assert engine.wants_more
+    sequences.append(engine.add(2, prompts[2], SamplingParams(8), pictures[2]))
+    assert not engine.wants_more
+    while engine.has_work:
+        engine.step()
+    assert engine.wants_more and [s.output for s in sequences] == [expected[0], expected[2]]
 
 
 # -- requests that cannot run

@@ -16,7 +16,8 @@ from batch.kernels import cpu_attention, cpu_fused, cpu_int4, cpu_linear, cpu_qu
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
 from batch.kernels.paging import PagedBatch
 
-# bfloat16 products with more rows per group than this are torch's, INT4 weights being expanded one at a time for it.
+# bfloat16 products with more rows per group than this are torch's, INT4 weights being expanded one at a time for it:
+# measured at [8192, 5120] and [4096, 1024], the tiles are ahead below and a few per cent behind above.
 MAX_TILED_ROWS, MAX_INT4_ROWS = 96, 160
 
 

@@ -128,6 +128,9 @@ def _decode_attention(
     k = k_cache[blocks].flatten(1, 2)  # [S, C, K, D]
     v = v_cache[blocks].flatten(1, 2)
     visible = torch.arange(k.shape[1], device=q.device) < batch.cached_len[:, None]  # [S, C]
+    # Padding lies in other sequences' blocks: weight 0 times their NaN, should one have it, would be NaN here.
+    k.masked_fill_(~visible[:, :, None, None], 0)
+    v.masked_fill_(~visible[:, :, None, None], 0)
     out = F.scaled_dot_product_attention(
         q[:, :, None, :],  # [S, A, 1, D]
         k.transpose(1, 2),  # [S, K, C, D]

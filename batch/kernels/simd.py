@@ -2,6 +2,7 @@
 
 Everything is an intrinsic that expands to LLVM IR inside the kernel that uses it. Elements are float32 or bfloat16,
 whose bits numba holds as uint16; a parameter `like` (a value of either type) tells an intrinsic which.
+numba's cache watches each kernel's own file only: after editing simd.py or tiles.py, delete __pycache__/*.nb[ic].
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from l4tool.core.errors import UsageError
 @click.command("quantize", short_help="Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.")
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--int4", "scheme", flag_value="int4", help="INT4 routed and shared experts.")
-@click.option("--fp8", "scheme", flag_value="fp8", help="FP8 per channel, activations quantized per token at run time.")
-@click.option("--mixed", "scheme", flag_value="mixed", help="INT4 routed experts, FP8 shared experts.")
+@click.option("--int4", is_flag=True, help="INT4 routed and shared experts.")
+@click.option("--fp8", is_flag=True, help="FP8 per channel, activations quantized per token at run time.")
+@click.option("--mixed", is_flag=True, help="INT4 routed experts, FP8 shared experts.")
 @click.option("--shared-experts/--no-shared-experts", default=True, help="Quantize shared experts too.  [default: yes]")
 @click.option(
     "--attention", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
@@ -38,7 +38,9 @@ from l4tool.core.errors import UsageError
 def command(
     source: Path,
     out: Path,
-    scheme: str | None,
+    int4: bool,
+    fp8: bool,
+    mixed: bool,
     shared_experts: bool,
     attention: str,
     group_size: int,
@@ -57,13 +59,15 @@ def command(
     from l4tool.core.sizes import parse_bytes
 
     memory_bytes = parse_bytes(memory)
-    if scheme is None:
-        raise UsageError("what shall it become?", hint="add --int4, --fp8 or --mixed")
+    schemes = [name for name, asked in (("int4", int4), ("fp8", fp8), ("mixed", mixed)) if asked]
+    if len(schemes) != 1:
+        told = f"--{' and --'.join(schemes)} exclude each other" if schemes else "what shall it become?"
+        raise UsageError(told, hint="give one of --int4, --fp8 and --mixed")
     from converters.detect import open_checkpoint
     from quant import pipeline, report
     from quant.schemes import make_recipe
 
-    recipe = make_recipe(scheme, shared_experts, attention, group_size, scale, format_)
+    recipe = make_recipe(schemes[0], shared_experts, attention, group_size, scale, format_)
     options = pipeline.Options(
         memory_bytes=memory_bytes, jobs=jobs, device=device, force=force, command=" ".join(["l4tool", *sys.argv[1:]])
     )

@@ -19,7 +19,8 @@ from quant.schemes import make_recipe, quantization_config
 from tests import checkpoints
 
 BAD_OPTIONS = [
-    ([], 64, "--int4, --fp8 or --mixed"),
+    ([], 64, "--int4, --fp8 and --mixed"),
+    (["--int4", "--fp8"], 64, "exclude each other"),
     (["--int4", "--scale", "hqq"], 64, "--format quanto --scale hqq"),
     (["--fp8", "--format", "quanto", "--scale", "mse"], 64, "absmax"),
     (["--int4", "--group-size", "12"], 64, "multiple of 8"),

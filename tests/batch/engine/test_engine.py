@@ -1,5 +1,6 @@
 """The engine end to end on tiny checkpoints: transformers' generate() is the oracle."""
 
+import contextlib
 import dataclasses
 from random import Random
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch.engine.engine import Engine, EngineConfig
+from batch.kernels import ops
 from batch.requests import ImageTiles, SamplingParams
 from l4tool.core.errors import DeviceError
 
@@ -323,6 +325,16 @@ def test_a_failing_sequence_does_not_take_its_mates_down(scout, expected, monkey
     assert [s.output for s in sequences] == expected["scout"]
     (broken,) = run(make_engine(scout), [[3999]], SamplingParams(3))
     assert "not finite" in broken.error[1]
+
+
+@pytest.mark.parametrize("kernels", [contextlib.nullcontext, ops.reference_only])
+def test_nothing_is_read_from_slots_that_a_sequence_did_not_write(scout, expected, kernels):
+    engine = make_engine(scout, max_seqs=10, max_batch_tokens=200)
+    for cache in (*engine.runner.kv.k, *engine.runner.kv.v):
+        cache.fill_(torch.nan)  # what a sequence gone wrong may leave behind in its blocks
+    with kernels():
+        sequences = run(engine, random_prompts(), SamplingParams(10))
+    assert [s.output for s in sequences] == [tokens[:10] for tokens in expected["scout"]]
 
 
 def test_a_model_that_only_fails_stops_the_run(scout, monkeypatch):

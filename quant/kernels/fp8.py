@@ -65,24 +65,44 @@ def row_absmax(src, ld, transposed, rows, cols, largest):  # type: ignore[no-unt
 
 
 @jit
-def encode_tile(tile, bf16_source, scale, codes, work):  # type: ignore[no-untyped-def]
-    """codes[G, R] uint8 = e4m3fn(w / s); work[0] = squared error, work[1] = squared weight per lane."""
-    n_cols, lanes = tile.shape
+def encode_tile(tile, bf16_source, scale, words, work):  # type: ignore[no-untyped-def]
+    """words[G/4, R] int32 = e4m3fn(w / s) of four columns each; work[0] = squared error, work[1] = squared weight."""
+    lanes = tile.shape[1]
     error, square = work[0], work[1]
     error[:] = ZERO
     square[:] = ZERO
-    for k in range(n_cols):
+    for j in range(tile.shape[0] // 4):
         for r in range(lanes):
-            w, s = tile[k, r], scale[r]
-            u = w / s
-            u = round_bf16(u) if bf16_source else u
-            u = u if u > -FP8_MAX else -FP8_MAX
-            u = u if u < FP8_MAX else FP8_MAX
-            code = encode(u)
-            codes[k, r] = np.uint8(code)
-            d = w - round_bf16(decode(code) * s)
-            error[r] += d * d
-            square[r] += w * w
+            word, err, sq, s = np.int32(0), error[r], square[r], scale[r]
+            for i in range(4):
+                w = tile[4 * j + i, r]
+                u = w / s
+                u = round_bf16(u) if bf16_source else u
+                u = u if u > -FP8_MAX else -FP8_MAX
+                u = u if u < FP8_MAX else FP8_MAX
+                code = encode(u)
+                word = np.int32(word | np.int32(code << np.int32(8 * i)))
+                d = w - round_bf16(decode(code) * s)
+                err += d * d
+                sq += w * w
+            words[j, r] = word
+            error[r], square[r] = err, sq
+
+
+@jit
+def store_words(words, n_rows, n_cols, out, row0, col0):  # type: ignore[no-untyped-def]
+    """words[G/4, R] → bytes out[row0 : row0 + n_rows, col0 : col0 + n_cols], by words where rows start aligned."""
+    n_words = n_cols // 4
+    if out.shape[1] % 4 == 0:
+        wide = out.view(np.int32)
+        for r in range(n_rows):
+            line = wide[row0 + r, col0 // 4 : col0 // 4 + n_words]
+            for j in range(n_words):
+                line[j] = words[j, r]
+    else:
+        for r in range(n_rows):
+            for k in range(n_cols):
+                out[row0 + r, col0 + k] = np.uint8(np.int32(words[k // 4, r] >> np.int32(8 * (k % 4))) & np.int32(255))
 
 
 @jit
@@ -97,7 +117,7 @@ def fp8_rows(src, ld, transposed, bf16_source, out, scales, error, square):  # t
     row_absmax(src, ld, transposed, rows, cols, largest)
     tile = np.empty((TILE_COLS, LANES), np.float32)
     stage = np.empty((STAGE_ROWS, TILE_COLS), np.float32)
-    codes = np.empty((TILE_COLS, LANES), np.uint8)
+    words = np.empty((TILE_COLS // 4, LANES), np.int32)
     work = np.empty((2, LANES), np.float32)
     scale = np.ones(LANES, np.float32)
     error[:] = 0.0
@@ -112,12 +132,12 @@ def fp8_rows(src, ld, transposed, bf16_source, out, scales, error, square):  # t
             scales[row0 + r] = np.uint16(np.int32(float_bits(scale[r]) >> 16) & np.int32(0xFFFF))
         for col0 in range(0, cols, TILE_COLS):
             n_cols = min(TILE_COLS, cols - col0)
+            n_padded = (n_cols + 3) // 4 * 4
+            tile[n_cols:n_padded] = ZERO  # adds nothing to the sums
             load_tile(src, ld, transposed, row0, n_rows, col0, tile[:n_cols], stage)
-            encode_tile(tile[:n_cols], bf16_source, scale, codes, work)
+            encode_tile(tile[:n_padded], bf16_source, scale, words, work)
+            store_words(words, n_rows, n_cols, out, row0, col0)
             for r in range(n_rows):
                 error[row0 + r] += np.float64(work[0, r])
                 square[row0 + r] += np.float64(work[1, r])
-                line = out[row0 + r, col0 : col0 + n_cols]
-                for k in range(n_cols):
-                    line[k] = codes[k, r]
     return -1

@@ -94,10 +94,11 @@ def test_int4_absmax_bytes_equal_compressed_tensors(dtype):
     assert result.scale.isfinite().all() and (result.scale != 0).all()
 
 
+@pytest.mark.parametrize("cols", [328, 131])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_fp8_equals_reference_and_compressed_tensors(dtype, transposed):
-    w = weight(130, 328, dtype, transposed=transposed)
+def test_fp8_equals_reference_and_compressed_tensors(dtype, transposed, cols):
+    w = weight(130, cols, dtype, transposed=transposed)
     result = ops.fp8(w)
     q, scale = reference.fp8_quantize(w)
     assert torch.equal(result.weight.view(torch.uint8), q.view(torch.uint8))

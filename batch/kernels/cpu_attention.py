@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.cpu_linear import dot_rows
 from batch.kernels.paging import PagedBatch
-from batch.kernels.simd import bits_to_float, elements_at, exp_f32, narrow, size_of, take_item
+from batch.kernels.simd import bits_to_float, elements_at, exp_f32, jit, narrow, size_of, take_item
 from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, mix_tile
 
 KEYS = 32  # keys per softmax tile
@@ -26,7 +25,7 @@ _LOWEST = np.float32(-3.0e38)
 _mix_1, _mix_2, _mix_3, _mix_4, _mix_5, _mix_6 = (mix_tile(rows) for rows in range(1, TILE_ROWS + 1))
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _mix_rows(
     like: Any, rows: Any, p: Any, p_bytes: Any, v: Any, v_bytes: Any, count: Any, out: Any, out_bytes: Any
 ) -> None:
@@ -45,7 +44,7 @@ def _mix_rows(
         _mix_1(like, p, p_bytes, v, v_bytes, count, out, out_bytes)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _score_tile(
     like: Any,
     rows: Any,
@@ -69,7 +68,7 @@ def _score_tile(
             dot_rows(like, min(TILE_ROWS, rows - row), q + row * width, width, at, key_bytes, width, target, 4 * KEYS)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mixed: Any) -> Any:
     """One row's tile: scores [KEYS] become weights in place; rescales its sums [16] and mixed [D]; returns the max."""
     highest = best
@@ -93,7 +92,7 @@ def _softmax_row(scores: Any, visible: Any, scale: Any, best: Any, sums: Any, mi
     return highest
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _mix_tile_rows(
     like: Any,
     rows: Any,
@@ -123,7 +122,7 @@ def _mix_tile_rows(
         done += take
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _gather_queries(q: Any, first: Any, rows: Any, group: Any, heads: Any, dim: Any, local: Any) -> None:
     """The item's queries, G heads of each token, into consecutive rows of `local` [rows, D]."""
     for m in range(rows):
@@ -132,7 +131,7 @@ def _gather_queries(q: Any, first: Any, rows: Any, group: Any, heads: Any, dim: 
             local[m * dim + d] = q[source + d]
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _store_rows(
     like: Any, mixed: Any, sums: Any, rows: Any, first: Any, group: Any, heads: Any, dim: Any, out: Any
 ) -> None:
@@ -146,7 +145,7 @@ def _store_rows(
             out[target + d] = narrow(mixed[m, d] / total, like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _attend(job: Any, like: Any) -> None:
     """Item = (block of one sequence's queries, kv head). Arguments: see `paged_attention`."""
     args, i32 = elements_at(job, np.int64(0)), np.int32(0)

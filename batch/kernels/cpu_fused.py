@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from batch.kernels import parallel
-from batch.kernels.simd import bits_to_float, elements_at, narrow, silu_f32, take_item, widen
+from batch.kernels.simd import bits_to_float, elements_at, jit, narrow, silu_f32, take_item, widen
 
 TOKENS = 32  # per work item: a small step is not worth waking other threads
 _I64 = np.int64(0)
 _F32 = np.float32(0)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _sum_squares(x: Any, size: Any) -> Any:
     """float32 sum of x[i]² over 16 running sums, so that it vectorises and its order is fixed."""
     lanes = np.zeros(16, np.float32)
@@ -35,7 +34,7 @@ def _sum_squares(x: Any, size: Any) -> Any:
     return total
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _add_rms_norm(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, size, eps = args[1], args[2], args[3], bits_to_float(np.int32(args[4]))
@@ -63,7 +62,7 @@ def _add_rms_norm(job: Any, like: Any) -> None:
                 out[at + i] = narrow(widen(narrow(wide[i] * factor, like)) * widen(weight[i]), like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _silu_mul(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, size = args[1], args[2], args[3]
@@ -79,7 +78,7 @@ def _silu_mul(job: Any, like: Any) -> None:
                 out[at + i] = narrow(silu * widen(x[up + i]), like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, like: Any, head: Any) -> None:
     """One head of D values at source[at:], rotated and, when eps >= 0, normalised, into float32 head [D]."""
     half = dim // 2
@@ -93,7 +92,7 @@ def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, l
             head[i] *= factor
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _store_qkv(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, heads, kv_heads, dim = args[1], args[2], args[3], args[4], args[5]
@@ -130,7 +129,7 @@ def _store_qkv(job: Any, like: Any) -> None:
                 values[cached + i] = qkv[at + i]
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _gather_scaled(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, size = args[1], args[2], args[3]

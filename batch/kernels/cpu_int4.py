@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from batch.kernels import parallel
 from batch.kernels.cpu_linear import BLOCK_COLUMNS, store_gated_row, store_row
 from batch.kernels.linears import Int4Linear
-from batch.kernels.simd import elements_at, take_item
+from batch.kernels.simd import elements_at, jit, take_item
 from batch.kernels.tiles import INT4_BLOCK, TILE_COLUMNS, has_avx512_bf16, int4_tile
 
 TILE_ROWS = 4
@@ -25,7 +24,7 @@ BLOCK_ROWS = 32
 _tile_1, _tile_2, _tile_3, _tile_4 = (int4_tile(rows) for rows in range(1, TILE_ROWS + 1))
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _block(rows: Any, columns: Any, x: Any, w: Any, scale: Any, size: Any, out: Any) -> None:
     """float32 out [rows, columns] = rows of x · packed rows of w; `size` is K."""
     x_bytes, w_bytes, scale_bytes, out_bytes = size * 2, size // 2, size // INT4_BLOCK * 2, 4 * columns

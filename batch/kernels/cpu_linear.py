@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from batch.kernels import parallel
-from batch.kernels.simd import elements_at, narrow, silu_f32, size_of, take_item, widen
+from batch.kernels.simd import elements_at, jit, narrow, silu_f32, size_of, take_item, widen
 from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, dot_tile
 
 BLOCK_ROWS, BLOCK_COLUMNS = 96, 64  # rows of x kept in L2 while one work item's columns are walked
@@ -22,7 +21,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 96, 64  # rows of x kept in L2 while one work item's
 _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (dot_tile(rows) for rows in range(1, TILE_ROWS + 1))
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def dot_rows(
     like: Any, rows: Any, x: Any, x_bytes: Any, w: Any, w_bytes: Any, size: Any, out: Any, out_bytes: Any
 ) -> None:
@@ -41,7 +40,7 @@ def dot_rows(
         _tile_1(like, x, x_bytes, w, w_bytes, size, out, out_bytes)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _block(like: Any, rows: Any, columns: Any, x: Any, w: Any, row_bytes: Any, out: Any) -> None:
     """float32 out [rows, columns] = rows of x · rows of w, the weight's rows in the outer loop."""
     for column in range(0, columns, TILE_COLUMNS):
@@ -52,20 +51,20 @@ def _block(like: Any, rows: Any, columns: Any, x: Any, w: Any, row_bytes: Any, o
             dot_rows(like, count, x + row * row_bytes, row_bytes, weight, row_bytes, row_bytes, target, 4 * columns)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def store_row(like: Any, sums: Any, out: Any, target: Any, columns: Any) -> None:
     for n in range(columns):
         out[target + n] = narrow(sums[n], like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def store_gated_row(like: Any, gates: Any, ups: Any, out: Any, target: Any, columns: Any) -> None:
     for n in range(columns):
         gate = widen(narrow(silu_f32(widen(narrow(gates[n], like))), like))
         out[target + n] = narrow(gate * widen(narrow(ups[n], like)), like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _grouped_linear(job: Any, like: Any) -> None:
     args = elements_at(job, np.int64(0))
     items, x, out, weights = args[1], args[2], elements_at(args[3], like), elements_at(args[4], np.int64(0))

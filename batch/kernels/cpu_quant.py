@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from batch.kernels import parallel, reference
 from batch.kernels.linears import Fp8Linear, Int4Linear
-from batch.kernels.simd import elements_at, narrow, take_item, widen
+from batch.kernels.simd import elements_at, jit, narrow, take_item, widen
 
 ROWS = 16  # per work item
 _BF16, _F32, _I64 = np.uint16(0), np.float32(0), np.int64(0)
@@ -25,7 +24,7 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return _scratch[dtype][:size].view(rows, columns)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _expand_int4(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, rows, words, group_words = args[1], args[2], args[3], args[4]
@@ -45,7 +44,7 @@ def _expand_int4(job: Any, like: Any) -> None:
                     out[word * 8 + k] = narrow(values[(bits >> np.int32(4 * k)) & np.int32(15)], like)
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def _expand_bytes(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, size, source = args[1], args[2], elements_at(args[3], np.uint8(0))

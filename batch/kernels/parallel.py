@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from l4tool.core.jit import numba_cache
+
 COUNTER, ITEMS, FIRST_ARG = 0, 1, 2  # layout of a job: counter, number of items, then the kernel's own arguments
 MIN_ITEMS = 2  # per thread: less is not worth waking it
 
@@ -33,7 +35,8 @@ class Kernel:
     def compiled(self) -> Any:
         from numba import cfunc
 
-        return cfunc("void(intp)", cache=True)(self.function)
+        with numba_cache(Path(__file__).parent) as cached:
+            return cfunc("void(intp)", cache=cached)(self.function)
 
 
 def run(kernel: Kernel, items: int, *args: int | torch.Tensor) -> None:

@@ -2,18 +2,21 @@
 
 Everything is an intrinsic that expands to LLVM IR inside the kernel that uses it. Elements are float32 or bfloat16,
 whose bits numba holds as uint16; a parameter `like` (a value of either type) tells an intrinsic which.
-numba's cache watches each kernel's own file only: after editing simd.py or tiles.py, delete __pycache__/*.nb[ic].
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from l4tool.core.jit import kernel_jit
+
+jit = kernel_jit(Path(__file__).parent)
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -79,7 +82,7 @@ def narrow(typingctx: Any, value: Any, like: Any) -> Any:
     return types.uint16(types.float32, types.uint16), codegen
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def exp_f32(x: Any) -> Any:
     """float32 e^x for x in [-87, 88], relative error under 2e-7 (Cephes' polynomial), in operations that vectorise."""
     whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -94,7 +97,7 @@ def exp_f32(x: Any) -> Any:
     return poly * bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@njit(cache=True, error_model="numpy")
+@jit
 def silu_f32(x: Any) -> Any:
     """float32 x · sigmoid(x)."""
     return x / (np.float32(1.0) + exp_f32(min(max(-x, np.float32(-87.0)), np.float32(88.0))))

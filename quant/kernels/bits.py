@@ -1,4 +1,4 @@
-"""What the kernels share: compiled-code cache, bit casts, bfloat16 rounding, and the tile loader.
+"""What the kernels share: bit casts, bfloat16 rounding, and the tile loader.
 
 Dimension legend: R = LANES rows of the weight side by side, G columns of one tile (a multiple of UNROLL).
 A tile is float32 [G, R]: SIMD lanes run over rows, so sums over columns are sequential and do not depend on the CPU.
@@ -6,19 +6,16 @@ A tile is float32 [G, R]: SIMD lanes run over rows, so sums over columns are seq
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from l4tool.core.jit import kernel_jit
 
 LANES = 128  # 256 bytes of each storage row at a time; fewer lanes waste memory bandwidth on fused experts
 STAGE_ROWS = 32  # rows transposed at a time, small enough for the first-level cache
@@ -29,34 +26,7 @@ INF_BITS = np.int32(0x7F800000)
 TINY_SCALE = np.float32(2.0**-120)  # below it 1/scale overflows float32
 ZERO_GROUP_SCALE = np.float32(2.0**-7)  # bfloat16 eps: what compressed-tensors stores where the scale would be 0
 
-
-def _cache_dir() -> str | None:
-    """A private, writable folder for compiled kernels that changes with their source; None where there is none."""
-    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "l4tool" / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
-    except (OSError, RuntimeError):
-        return None
-
-
-_CACHE_DIR = _cache_dir()
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without the GIL and with C division, cached on disk where a folder for that can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
-    if _CACHE_DIR is None:
-        return numba.njit(**options)(function)
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _CACHE_DIR  # read by the decorator only, so other users of numba keep theirs
-    try:
-        return numba.njit(cache=True, **options)(function)
-    finally:
-        numba.config.CACHE_DIR = saved
+jit = kernel_jit(Path(__file__).parent, nogil=True)
 
 
 @intrinsic

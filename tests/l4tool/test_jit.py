@@ -9,7 +9,9 @@ from l4tool.core.jit import cache_folder, kernel_jit
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    # Not NUMBA_CACHE_DIR: numba itself watches that one and would move all its caches.
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "some" / "kernels"
     folder.mkdir(parents=True)
     (folder / "a.py").write_text("A = 1\n")
@@ -29,7 +31,7 @@ def test_another_file_of_the_package_changes_the_folder(package):
 
 
 def test_no_folder_to_write_still_compiles(package, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/nowhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
     assert cache_folder(package) is None
     assert kernel_jit(package)(lambda x: x // 2)(9) == 4
 

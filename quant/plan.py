@@ -17,7 +17,7 @@ from quant.schemes import Recipe, class_of
 
 BASE_BYTES = 512 * 2**20  # Python, torch, numba and its compiler before any weight is touched
 MAX_UNIT_BYTES = 128 * 2**20  # of source; larger units only make the last one to finish wait longer
-ROW_ALIGNMENT = 128  # rows of a kernel tile
+ROW_ALIGNMENT = 128  # rows of a kernel's tile
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 
 from l4tool.core.jit import kernel_jit
 
-LANES = 128  # 256 bytes of each storage row at a time; fewer lanes waste memory bandwidth on fused experts
+LANES = 128
+TILES = 8  # read side by side: 2 KiB of each storage row of a fused expert per page that is touched
 STAGE_ROWS = 32  # rows transposed at a time, small enough for the first-level cache
 UNROLL = 8  # columns handled per inner step, so that sums stay in registers
 ROUND_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest integer, ties to even
@@ -77,21 +78,24 @@ def round_bf16(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def load_tile(src, ld, transposed, row0, n_rows, col0, tile, stage):  # type: ignore[no-untyped-def]
-    """Copy weight[row0 : row0 + n_rows, col0 : col0 + G] to tile[G, R] as float32; missing rows become 0.
+def load_tiles(src, ld, transposed, row0, n_rows, col0, n_cols, tiles, stage):  # type: ignore[no-untyped-def]
+    """Copy weight[row0 : row0 + n_rows, col0 : col0 + n_cols] as float32 to tiles[T, G, R], R rows after R rows.
 
     `src` is the flat storage and `ld` the distance of two rows (of two columns where `transposed`); `stage` is
-    float32 scratch [STAGE_ROWS, G]. Returns the bits of the largest absolute value: INF_BITS or more means Inf or NaN.
+    float32 scratch [STAGE_ROWS, G]. What a tile used has no row for becomes 0. Returns the bits of the largest
+    absolute value: INF_BITS or more means Inf or NaN.
     """
-    n_cols, lanes = tile.shape
-    if n_rows < lanes:
-        tile[:] = np.float32(0)
+    n_tiles = (n_rows + LANES - 1) // LANES
+    if n_rows < n_tiles * LANES:
+        tiles[n_tiles - 1] = np.float32(0)
     if transposed:
         for k in range(n_cols):
             start = (col0 + k) * ld + row0
-            line, out = src[start : start + n_rows], tile[k]
-            for r in range(n_rows):
-                out[r] = to_float(line[r])
+            for t in range(n_tiles):
+                first, in_tile = t * LANES, min(LANES, n_rows - t * LANES)
+                line, out = src[start + first : start + first + in_tile], tiles[t, k]
+                for r in range(in_tile):
+                    out[r] = to_float(line[r])
     else:
         for block in range(0, n_rows, STAGE_ROWS):
             in_block = min(STAGE_ROWS, n_rows - block)
@@ -100,15 +104,17 @@ def load_tile(src, ld, transposed, row0, n_rows, col0, tile, stage):  # type: ig
                 line, out = src[start : start + n_cols], stage[r]
                 for k in range(n_cols):
                     out[k] = to_float(line[k])
+            tile, first = tiles[block // LANES], block % LANES
             for k in range(n_cols):
-                out = tile[k, block : block + in_block]
+                out = tile[k, first : first + in_block]
                 for r in range(in_block):
                     out[r] = stage[r, k]
     largest = np.int32(0)
-    for k in range(n_cols):
-        out = tile[k]
-        for r in range(lanes):
-            largest = max(largest, np.int32(float_bits(out[r]) & ABS_MASK))
+    for t in range(n_tiles):
+        for k in range(n_cols):
+            out = tiles[t, k]
+            for r in range(LANES):
+                largest = max(largest, np.int32(float_bits(out[r]) & ABS_MASK))
     return largest
 
 

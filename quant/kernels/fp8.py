@@ -9,11 +9,12 @@ from quant.kernels.bits import (
     INF_BITS,
     LANES,
     STAGE_ROWS,
+    TILES,
     ZERO_GROUP_SCALE,
     bits_float,
     float_bits,
     jit,
-    load_tile,
+    load_tiles,
     round_bf16,
     to_float,
 )
@@ -115,29 +116,32 @@ def fp8_rows(src, ld, transposed, bf16_source, out, scales, error, square):  # t
     rows, cols = out.shape
     largest = np.empty(rows, np.int32)
     row_absmax(src, ld, transposed, rows, cols, largest)
-    tile = np.empty((TILE_COLS, LANES), np.float32)
+    tiles = np.empty((TILES, TILE_COLS, LANES), np.float32)
     stage = np.empty((STAGE_ROWS, TILE_COLS), np.float32)
     words = np.empty((TILE_COLS // 4, LANES), np.int32)
     work = np.empty((2, LANES), np.float32)
-    scale = np.ones(LANES, np.float32)
+    scale = np.ones(TILES * LANES, np.float32)
     error[:] = 0.0
     square[:] = 0.0
-    for row0 in range(0, rows, LANES):
-        n_rows = min(LANES, rows - row0)
-        for r in range(n_rows):
-            if largest[row0 + r] >= INF_BITS:
-                return row0 + r
-            s = round_bf16(bits_float(largest[row0 + r]) / FP8_MAX)
+    for panel in range(0, rows, TILES * LANES):
+        in_panel = min(TILES * LANES, rows - panel)
+        for r in range(in_panel):
+            if largest[panel + r] >= INF_BITS:
+                return panel + r
+            s = round_bf16(bits_float(largest[panel + r]) / FP8_MAX)
             scale[r] = s if s != ZERO else ZERO_GROUP_SCALE
-            scales[row0 + r] = np.uint16(np.int32(float_bits(scale[r]) >> 16) & np.int32(0xFFFF))
+            scales[panel + r] = np.uint16(np.int32(float_bits(scale[r]) >> 16) & np.int32(0xFFFF))
         for col0 in range(0, cols, TILE_COLS):
             n_cols = min(TILE_COLS, cols - col0)
             n_padded = (n_cols + 3) // 4 * 4
-            tile[n_cols:n_padded] = ZERO  # adds nothing to the sums
-            load_tile(src, ld, transposed, row0, n_rows, col0, tile[:n_cols], stage)
-            encode_tile(tile[:n_padded], bf16_source, scale, words, work)
-            store_words(words, n_rows, n_cols, out, row0, col0)
-            for r in range(n_rows):
-                error[row0 + r] += np.float64(work[0, r])
-                square[row0 + r] += np.float64(work[1, r])
+            tiles[:, n_cols:n_padded] = ZERO  # adds nothing to the sums
+            load_tiles(src, ld, transposed, panel, in_panel, col0, n_cols, tiles, stage)
+            for t in range((in_panel + LANES - 1) // LANES):
+                tile, in_tile = tiles[t, :n_padded], min(LANES, in_panel - t * LANES)
+                encode_tile(tile, bf16_source, scale[t * LANES : (t + 1) * LANES], words, work)
+                row0 = panel + t * LANES
+                store_words(words, in_tile, n_cols, out, row0, col0)
+                for r in range(in_tile):
+                    error[row0 + r] += np.float64(work[0, r])
+                    square[row0 + r] += np.float64(work[1, r])
     return -1

@@ -12,12 +12,13 @@ from quant.kernels.bits import (
     LANES,
     ROUND_MAGIC,
     STAGE_ROWS,
+    TILES,
     TINY_SCALE,
     UNROLL,
     ZERO_GROUP_SCALE,
     float_bits,
     jit,
-    load_tile,
+    load_tiles,
     round_bf16,
     round_even,
 )
@@ -200,32 +201,35 @@ def int4_rows(src, ld, transposed, mse, bf16_source, packed, scales, error, squa
     """Quantize weight [rows, cols] to `packed` int32 [rows, cols/8] and `scales` (bfloat16 bits) uint16 [rows, cols/g].
 
     error[rows], square[rows] float64: squared error after dequantization to bfloat16, squared weight.
-    Returns the first row of a tile that holds NaN or Inf, or -1.
+    Returns the first row of a panel that holds NaN or Inf, or -1.
     """
     rows, groups = scales.shape
     n_words = packed.shape[1] // groups
-    tile = np.empty((8 * n_words, LANES), np.float32)
-    stage = np.empty((STAGE_ROWS, 8 * n_words), np.float32)
+    group = 8 * n_words
+    tiles = np.empty((TILES, group, LANES), np.float32)
+    stage = np.empty((STAGE_ROWS, group), np.float32)
     work = np.empty((2 * NUM_CANDIDATES + 2, LANES), np.float32)
     words = np.empty((n_words, LANES), np.int32)
     scale = np.empty(LANES, np.float32)
     error[:] = 0.0
     square[:] = 0.0
-    for row0 in range(0, rows, LANES):
-        n_rows = min(LANES, rows - row0)
+    for panel in range(0, rows, TILES * LANES):
+        in_panel = min(TILES * LANES, rows - panel)
         for g in range(groups):
-            if load_tile(src, ld, transposed, row0, n_rows, g * 8 * n_words, tile, stage) >= INF_BITS:
-                return row0
-            if mse:
-                mse_scale(tile, work, scale)
-            else:
-                absmax_scale(tile, work, scale)
-            quantize_tile(tile, not mse, bf16_source, work, scale, words)
-            for r in range(n_rows):
-                scales[row0 + r, g] = np.uint16(np.int32(float_bits(scale[r]) >> 16) & np.int32(0xFFFF))
-                error[row0 + r] += np.float64(work[0, r])
-                square[row0 + r] += np.float64(work[1, r])
-                out = packed[row0 + r, g * n_words : (g + 1) * n_words]
-                for j in range(n_words):
-                    out[j] = words[j, r]
+            if load_tiles(src, ld, transposed, panel, in_panel, g * group, group, tiles, stage) >= INF_BITS:
+                return panel
+            for t in range((in_panel + LANES - 1) // LANES):
+                if mse:
+                    mse_scale(tiles[t], work, scale)
+                else:
+                    absmax_scale(tiles[t], work, scale)
+                quantize_tile(tiles[t], not mse, bf16_source, work, scale, words)
+                row0 = panel + t * LANES
+                for r in range(min(LANES, rows - row0)):
+                    scales[row0 + r, g] = np.uint16(np.int32(float_bits(scale[r]) >> 16) & np.int32(0xFFFF))
+                    error[row0 + r] += np.float64(work[0, r])
+                    square[row0 + r] += np.float64(work[1, r])
+                    out = packed[row0 + r, g * n_words : (g + 1) * n_words]
+                    for j in range(n_words):
+                        out[j] = words[j, r]
     return -1

@@ -1,8 +1,13 @@
-"""SHA-256 of files, whole or while they are being written."""
+"""The digest of a shard: SHA-256 over its header and the SHA-256 of each of its tensors, in file order.
+
+Tensors complete in any order while a shard is being written, and each is hashed as soon as it is complete; the hash of
+the plain file could only begin when everything is there.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,80 +16,66 @@ from pathlib import Path
 from converters.writer import ShardPlan
 
 CHUNK_BYTES = 2**20
-STEP_BYTES = 32 * 2**20  # what is worth handing to the hashing thread
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file; hashing runs without the GIL."""
-    running = _Hash(path)
-    running.extend(path.stat().st_size)
-    return running.close()
+def shard_digest(path: Path, plan: ShardPlan) -> str:
+    """The digest of a finished shard, from its bytes; its header must be the plan's."""
+    running = RunningDigest(path, plan)
+    running.complete(spec.name for spec in plan.specs)
+    return running.hexdigest()
 
 
-class RunningHash:
-    """SHA-256 of a shard whose tensors complete in about the order of the file: each complete prefix is hashed in a
-    thread of its own, while later tensors are still being worked on. Its bytes come from the page cache."""
+class RunningDigest:
+    """The digest of a shard that is being written. Its thread reads from the page cache, without the GIL."""
 
     def __init__(self, path: Path, plan: ShardPlan) -> None:
-        self._order = sorted(plan.specs, key=lambda spec: plan.starts[spec.name])
-        self._ends = {spec.name: plan.starts[spec.name] + spec.nbytes for spec in plan.specs}
-        self._size = plan.nbytes
-        self._done: set[str] = set()
-        self._next = self._prefix = self._sent = 0
-        self._hash = _Hash(path)
+        self._plan = plan
+        self._spans = {s.name: (plan.starts[s.name], plan.starts[s.name] + s.nbytes) for s in plan.specs}
+        self._fd = os.open(path, os.O_RDONLY)
+        self._buffer = bytearray(CHUNK_BYTES)
+        self._digests: dict[str, bytes] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._last: Future[None] | None = None
+        self._pending: list[Future[None]] = []
+        self._dropped = 0
 
     def complete(self, names: Iterable[str]) -> None:
-        """These tensors are completely written; called by one thread."""
-        self._done.update(names)
-        while self._next < len(self._order) and self._order[self._next].name in self._done:
-            self._prefix = self._ends[self._order[self._next].name]
-            self._next += 1
-        if self._prefix - self._sent >= STEP_BYTES:
-            self._send(self._prefix)
+        """These tensors are completely written."""
+        self._pending += [self._thread.submit(self._hash, name) for name in names]
+
+    def hashed(self) -> list[str]:
+        """Names of the tensors hashed so far."""
+        return list(self._digests)
+
+    def drop_cache(self, names: list[str]) -> None:
+        """Give back the page cache of tensors that are hashed and synced: the next writes use those pages."""
+        for name in names[self._dropped :]:
+            start, stop = self._spans[name]
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
+        self._dropped = len(names)
 
     def hexdigest(self) -> str:
-        """Hash what is left, when everything is written, and close."""
-        self._send(self._size)
-        assert self._last is not None
-        self._last.result()
-        self._thread.shutdown()
-        return self._hash.close()
+        """The digest, when every tensor is complete; closes."""
+        for future in self._pending:
+            future.result()
+        self.close()
+        ordered = sorted(self._digests, key=lambda name: self._spans[name])
+        return hashlib.sha256(self._plan.header + b"".join(self._digests[name] for name in ordered)).hexdigest()
 
     def close(self) -> None:
-        """Give up; for an unfinished shard."""
         self._thread.shutdown(cancel_futures=True)
-        self._hash.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
-    def _send(self, end: int) -> None:
-        if self._last is not None and self._last.done():
-            self._last.result()
-        self._last = self._thread.submit(self._hash.extend, end)
-        self._sent = end
-
-
-class _Hash:
-    """A digest and how far into the file it has come."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        self._digest = hashlib.sha256()
-        self._at = 0
-        self._buffer = bytearray(CHUNK_BYTES)
-
-    def extend(self, end: int) -> None:
-        """Hash on to byte `end`."""
-        view = memoryview(self._buffer)
-        while self._at < end:
-            count = os.preadv(self._file, [view[: end - self._at]], self._at)
+    def _hash(self, name: str) -> None:
+        at, stop = self._spans[name]
+        digest, view = hashlib.sha256(), memoryview(self._buffer)
+        while at < stop:
+            count = os.preadv(self._fd, [view[: stop - at]], at)
             if count == 0:
-                raise OSError(f"file ends at byte {self._at}, expected {end}")
-            self._digest.update(view[:count])
-            self._at += count
-
-    def close(self) -> str:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        return self._digest.hexdigest()
+                raise OSError(f"the shard ends at byte {at} inside {name}")
+            digest.update(view[:count])
+            at += count
+        self._digests[name] = digest.digest()

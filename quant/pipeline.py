@@ -21,7 +21,7 @@ from converters.writer import DEFAULT_SHARD_BYTES, ShardPlan, exists, write_inde
 from l4tool.core.atomic import write_errors, write_file
 from l4tool.core.console import Progress, note
 from quant import checks, journal, ops, report
-from quant.hashing import file_sha256
+from quant.hashing import shard_digest
 from quant.plan import Budget, Item, Plan, Unit, build_plan, make_budget, split
 from quant.schemes import Recipe, quantization_config
 from quant.shards import Done, OpenShard
@@ -97,7 +97,7 @@ def _intact(out: Path, shard: ShardPlan, finished: dict[str, dict[str, Any]]) ->
     if entry is None or not exists(out, shard):
         return False
     path = out / shard.file_name
-    return path.stat().st_mtime_ns == entry["mtime_ns"] or file_sha256(path) == entry["sha256"]
+    return path.stat().st_mtime_ns == entry["mtime_ns"] or shard_digest(path, shard) == entry["digest"]
 
 
 class _Run:

@@ -57,7 +57,7 @@ def build(
             "left_for_kv_bytes": fit.left_bytes,
             "kv_tokens": fit.kv_tokens,
         },
-        "output": {name: {"size": shards[name]["size"], "sha256": shards[name]["sha256"]} for name in sorted(shards)},
+        "output": {name: {"size": shards[name]["size"], "digest": shards[name]["digest"]} for name in sorted(shards)},
         "tensors": tensors,
         "run": {"command": command, "seconds": round(seconds, 3), "resumed": resumed},
     }

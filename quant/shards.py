@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from converters.writer import ShardFile, ShardPlan
-from quant.hashing import RunningHash
+from quant.hashing import RunningDigest
 from quant.plan import Item, Unit
 
 FLUSH_BYTES = 256 * 2**20  # dirty pages are sent to the disk this often, so that sealing a shard finds few
@@ -33,7 +33,7 @@ class OpenShard:
     def __init__(self, out: Path, plan: ShardPlan, items: list[Item], sealer: ThreadPoolExecutor) -> None:
         self.file = ShardFile(out, plan)
         self._lock = threading.Lock()
-        self._hash = RunningHash(self.file.part, plan)
+        self._hash = RunningDigest(self.file.part, plan)
         self._sealer = sealer
         self._flush: Future[None] | None = None
         self._unflushed = 0
@@ -67,8 +67,14 @@ class OpenShard:
             if self._flush is not None:
                 self._flush.result()
             self._unflushed = 0
-            self._flush = self._sealer.submit(self.file.sync)
+            self._flush = self._sealer.submit(self._flush_now)
         return complete
+
+    def _flush_now(self) -> None:
+        """Send dirty pages to the disk; what was hashed before then leaves the page cache."""
+        hashed = self._hash.hashed()
+        self.file.sync()
+        self._hash.drop_cache(hashed)
 
     def _add_errors(self, item: Item, rows: tuple[list[float], list[float]], complete: bool) -> None:
         """Exact sums over rows, so that they do not depend on the split or the order."""
@@ -80,14 +86,14 @@ class OpenShard:
             del self._rows[item.info.name]
 
     def seal(self) -> dict[str, Any]:
-        """Durable under its final name → its journal entry: size, mtime, SHA-256, error sums of every tensor."""
+        """Durable under its final name → its journal entry: size, mtime, digest, error sums of every tensor."""
         with ThreadPoolExecutor(1, thread_name_prefix="sync") as helper:
             synced = helper.submit(self.file.sync)
             digest = self._hash.hexdigest()
             synced.result()
         self.file.finish()
         stat = self.file.path.stat()
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "tensors": self._totals}
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest, "tensors": self._totals}
 
     def close(self) -> None:
         """Give up what is not sealed; the `.part` file stays and is overwritten by the next run."""

@@ -1,5 +1,6 @@
 """`l4tool quantize` end to end: what it writes, prints and refuses."""
 
+import hashlib
 import json
 import os
 import re
@@ -106,10 +107,13 @@ def test_report(scout_tiny, tmp_path, capsys):
     assert report["totals"]["output_bytes"] == size
     assert set(report["job"]["source"]) >= {"config.json", *(p.name for p in scout_tiny.glob("*.safetensors"))}
     assert report["run"]["command"].startswith("l4tool")
-    import hashlib
-
     for name, entry in report["output"].items():
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == entry["sha256"]
+        raw = (out / name).read_bytes()
+        assert len(raw) == entry["size"]
+        start = 8 + int.from_bytes(raw[:8], "little")
+        spans = sorted(e["data_offsets"] for k, e in json.loads(raw[8:start]).items() if k != "__metadata__")
+        parts = b"".join(hashlib.sha256(raw[start + a : start + b]).digest() for a, b in spans)
+        assert hashlib.sha256(raw[:start] + parts).hexdigest() == entry["digest"]
 
 
 def test_dry_run_writes_nothing(maverick_tiny, tmp_path, capsys):

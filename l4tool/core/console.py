@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -49,8 +50,9 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
+            columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell; tqdm would take 0
             self.bar = tqdm(
-                total=total, initial=initial, desc=label, unit=unit, file=sys.stderr,
+                total=total, initial=initial, desc=label, unit=unit, file=sys.stderr, ncols=columns,
                 unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000,
             )  # fmt: skip
 

@@ -23,10 +23,10 @@ demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
 
 test: setup
-	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow and not gpu"
+	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow"
 
 test-slow: setup
-	$(PY) -m pytest -m "slow or gpu"
+	$(PY) -m pytest -m slow
 
 lint: setup
 	$(PY) -m ruff check .

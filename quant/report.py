@@ -120,8 +120,10 @@ def render_plan(reader: Reader, recipe: Recipe, plan: Plan, budget: Budget) -> s
     ]
     rows.append(("total", "", format_bytes(plan.source_bytes), format_bytes(plan.output_bytes)))
     fit = memory.fit(reader.arch, plan.output_bytes)
+    kinds = {kind for kind, _, _ in plan.classes.values()}
+    groups = f", scale {recipe.scale}, group size {recipe.group_size}" if "int4" in kinds else ""
     facts = [
-        ("scheme", f"{recipe.scheme}, scale {recipe.scale}, group size {recipe.group_size}, {recipe.format}"),
+        ("scheme", f"{recipe.scheme}{groups}, {recipe.format}"),
         ("shards", str(len(plan.shards))),
         ("at once", f"{budget.jobs} pieces"),
         *fit_rows({"fits": fit.fits, "kv_tokens": fit.kv_tokens, "reserved_bytes": memory.RESERVED_BYTES}),

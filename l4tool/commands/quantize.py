@@ -12,7 +12,7 @@ from l4tool.core.errors import UsageError
 
 @click.command("quantize", short_help="Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.")
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [required unless --dry-run]")
 @click.option("--int4", is_flag=True, help="INT4 routed and shared experts.")
 @click.option("--fp8", is_flag=True, help="FP8 per channel, activations quantized per token at run time.")
 @click.option("--mixed", is_flag=True, help="INT4 routed experts, FP8 shared experts.")
@@ -37,7 +37,7 @@ from l4tool.core.errors import UsageError
 @click.option("--force", is_flag=True, help="Start afresh in a folder that another quantize run wrote.")
 def command(
     source: Path,
-    out: Path,
+    out: Path | None,
     int4: bool,
     fp8: bool,
     mixed: bool,
@@ -63,6 +63,8 @@ def command(
     if len(schemes) != 1:
         told = f"--{' and --'.join(schemes)} exclude each other" if schemes else "what shall it become?"
         raise UsageError(told, hint="give one of --int4, --fp8 and --mixed")
+    if out is None and not dry_run:
+        raise UsageError("where shall it go?", hint="add -o OUT, a new folder")
     from converters.detect import open_checkpoint
     from quant import pipeline, report
     from quant.schemes import make_recipe
@@ -73,7 +75,7 @@ def command(
     )
     reader = open_checkpoint(source)
     try:
-        if dry_run:
+        if out is None or dry_run:
             plan, budget = pipeline.prepare(reader, None, recipe, options)
             click.echo(report.render_plan(reader, recipe, plan, budget))
         else:

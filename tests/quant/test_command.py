@@ -122,6 +122,10 @@ def test_dry_run_writes_nothing(maverick_tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"attention +bfloat16 +1\.5 MiB +1\.5 MiB", printed)
     assert re.search(r"shared +fp8 ", printed) and re.search(r"experts +int4 ", printed)
+    assert run(maverick_tiny, "--mixed", "--dry-run") == 0
+    assert capsys.readouterr().out == printed
+    assert run(maverick_tiny, "--mixed") == 64
+    assert "add -o OUT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "code", "words"), BAD_OPTIONS)

@@ -51,7 +51,16 @@ def to_float(typingctx: Any, x: Any) -> Any:
         return builder.bitcast(wide, ir.FloatType())
 
     def from_f16(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        # By hand: without F16C, fpext becomes a call to a function that the process does not have.
+        i32 = ir.IntType(32)
+        wide = builder.zext(args[0], i32)
+        magnitude = builder.and_(wide, i32(0x7FFF))
+        shifted = builder.shl(magnitude, i32(13))
+        finite = builder.bitcast(builder.fmul(builder.bitcast(shifted, ir.FloatType()), ir.FloatType()(2.0**112)), i32)
+        special = builder.icmp_unsigned(">=", magnitude, i32(0x7C00))  # Inf and NaN
+        bits = builder.select(special, builder.or_(shifted, i32(0x7F800000)), finite)
+        sign = builder.shl(builder.and_(wide, i32(0x8000)), i32(16))
+        return builder.bitcast(builder.or_(bits, sign), ir.FloatType())
 
     codegen = {types.uint16: from_bf16, types.int16: from_f16, types.float32: lambda ctx, builder, sig, args: args[0]}
     return types.float32(x), codegen[x]

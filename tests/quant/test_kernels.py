@@ -2,6 +2,8 @@
 
 import itertools
 
+import numba
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -11,10 +13,17 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from l4tool.core.errors import CheckpointError
 from quant import ops, reference
+from quant.kernels.bits import to_float
 
 W4 = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128, symmetric=True)
 W8 = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@numba.njit
+def _widen(source, out):
+    for i in range(source.size):
+        out[i] = to_float(source[i])
 
 
 def weight(rows, cols, dtype=torch.bfloat16, seed=0, transposed=False, outliers=True):
@@ -144,6 +153,18 @@ def test_nonfinite_weights_are_named(bad, transposed):
     for run in (lambda: ops.int4(w, 128, "mse", name="a.weight"), lambda: ops.fp8(w, name="a.weight")):
         with pytest.raises(CheckpointError, match=r"a\.weight\[71, 130\] is -?(nan|inf)"):
             run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_read_exactly(dtype):
+    stored = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    expected = stored.view(dtype).float()
+    source = stored.numpy() if dtype == torch.float16 else stored.view(torch.uint16).numpy()
+    out = np.empty(source.size, np.float32)
+    _widen(source, out)
+    got, is_nan = torch.from_numpy(out), expected.isnan()
+    assert torch.equal(got.isnan(), is_nan)
+    assert torch.equal(got[~is_nan].view(torch.int32), expected[~is_nan].view(torch.int32))  # the sign of zero too
 
 
 @pytest.mark.gpu

@@ -165,8 +165,10 @@ def _report_unfinished(options: BatchOptions, summary: Summary) -> None:
     if done:
         note(f"stopped: {options.output} has the {done:,} lines that were done, all of them whole")
     if options.summary is not None:
-        with contextlib.suppress(L4Error):
+        try:
             summary.save(options.summary)
+        except L4Error as error:  # must not hide the error that stopped the run
+            note(error.message)
 
 
 class _Run:

@@ -37,7 +37,7 @@ class LineReader:
     """Iterates over the lines of a binary file, never holding more than one line of at most `max_line_bytes`.
 
     CRLF endings, a UTF-8 byte order mark and a missing final newline are all fine. Whitespace-only lines are
-    skipped and counted in `blank_lines`; `bytes_read` is the position in the file.
+    skipped and counted in `blank_lines`.
     """
 
     def __init__(self, file: BinaryIO, max_line_bytes: int = MAX_LINE_BYTES, limit: int | None = None) -> None:
@@ -46,7 +46,6 @@ class LineReader:
         self._limit = limit
         self.lines = 0
         self.blank_lines = 0
-        self.bytes_read = 0
         self._number = 0
 
     def __iter__(self) -> Iterator[RawLine]:
@@ -55,7 +54,6 @@ class LineReader:
             if not raw:
                 return
             self._number += 1
-            self.bytes_read += len(raw)
             too_long = len(raw) > self._max_line_bytes and not raw.endswith(b"\n")
             if too_long:
                 raw = raw[:HEAD_BYTES]
@@ -71,7 +69,6 @@ class LineReader:
 
     def _skip_rest_of_line(self) -> None:
         while chunk := self._file.readline(_SKIP_BYTES):
-            self.bytes_read += len(chunk)
             if chunk.endswith(b"\n"):
                 return
 

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 FLOAT, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-F32X4, F32X16, I32X16 = ir.VectorType(FLOAT, 4), ir.VectorType(FLOAT, 16), ir.VectorType(I32, 16)
+F32X16, I32X16 = ir.VectorType(FLOAT, 16), ir.VectorType(I32, 16)
 VECTOR_BYTES = 64
 TILE_ROWS, TILE_COLUMNS = 6, 4  # 24 sums in registers
 

@@ -1,20 +1,11 @@
 """One tiny model in float32 and its tokenizer."""
 
 import pytest
-import torch
 
 from batch.model.model import load_model
 from batch.tokenizer import Tokenizer
 from converters.detect import open_checkpoint
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tiny models run faster on one thread, above all on a machine where others run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="package")

@@ -1,18 +1,9 @@
 """The same checkpoint in our model and in transformers, float32."""
 
 import pytest
-import torch
 
 from tests.batch.model.driver import ours, theirs
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tiny models run faster on one thread, above all where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="session", params=["scout_tiny", "maverick_tiny"])

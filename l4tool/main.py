@@ -13,7 +13,11 @@ from l4tool import __version__
 from l4tool.core import errors
 
 COMMANDS = {
+    "fetch": "Download a Llama 4 checkpoint: resumable, every byte checked.",
+    "plan": "Show what fits where: disk, RAM, GPU memory, KV tokens.",
+    "inspect": "Show a checkpoint's layout, architecture and tensors.",
     "quantize": "Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.",
+    "verify": "Check a checkpoint's files, names and values, or its error against the source.",
     "batch": "Run a JSONL file of prompts and images through a checkpoint.",
 }
 
@@ -23,11 +27,14 @@ Exit codes:
    3  batch finished, but some output lines are errors
   64  options or arguments do not fit
   65  input unusable (checkpoint, config, JSONL)
-  66  an input does not exist
-  69  device or backend not available
+  66  an input does not exist (file, folder, repository, revision)
+  68  the hub cannot be reached
+  69  device, backend or service not available; rate limit
   73  output cannot be written
   75  another run holds the output
-  77  no access
+  76  bytes do not match their checksum
+  77  no access: gated, or licence not accepted
+  78  token missing or wrong
  130  interrupted; 143 terminated"""
 
 
@@ -51,7 +58,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="l4tool")
 def cli() -> None:
-    """The Llama 4 toolchain: quantize checkpoints and run offline batches over JSONL files."""
+    """The Llama 4 toolchain: fetch and quantize checkpoints, run offline batches over JSONL files."""
 
 
 class Terminated(BaseException):

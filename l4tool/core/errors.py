@@ -10,11 +10,14 @@ EXIT_ERROR_LINES = 3  # a batch run finished, but some output lines are errors
 EXIT_USAGE = 64  # wrong options or arguments
 EXIT_DATA = 65  # input unusable: checkpoint, config, JSONL
 EXIT_NO_INPUT = 66  # an input file or folder does not exist or cannot be read
-EXIT_UNAVAILABLE = 69  # backend or device gone
+EXIT_NETWORK = 68  # the hub cannot be reached, or its connections keep failing
+EXIT_UNAVAILABLE = 69  # backend, device or service gone; the hub's rate limit
 EXIT_INTERNAL = 70  # our own bug
 EXIT_CANT_WRITE = 73  # output exists, disk full, no permission to write
 EXIT_TEMPFAIL = 75  # another run holds the lock
-EXIT_NO_ACCESS = 77  # gated, or no permission
+EXIT_CHECKSUM = 76  # bytes that are not what their hash says
+EXIT_NO_ACCESS = 77  # gated, licence not accepted, or no permission
+EXIT_AUTH = 78  # token missing or wrong
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 
@@ -69,3 +72,33 @@ class LockHeld(L4Error):
     """Another process owns the output."""
 
     exit_code = EXIT_TEMPFAIL
+
+
+class NetworkError(L4Error):
+    """The hub cannot be reached, or goes on failing after all retries."""
+
+    exit_code = EXIT_NETWORK
+
+
+class RateLimited(L4Error):
+    """The hub goes on answering 429 after all retries."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class ChecksumError(L4Error):
+    """Bytes that are not what their manifest or the hub says they are."""
+
+    exit_code = EXIT_CHECKSUM
+
+
+class AccessDenied(L4Error):
+    """A gated repository, or a licence that was not accepted."""
+
+    exit_code = EXIT_NO_ACCESS
+
+
+class AuthError(L4Error):
+    """A token that is missing or wrong."""
+
+    exit_code = EXIT_AUTH

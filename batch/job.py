@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,17 +17,20 @@ from batch.chat import ChatFormat, find_template
 from batch.generation import SamplingDefaults, SamplingOptions
 from batch.images import TileSpec
 from batch.jsonl import MAX_LINE_BYTES, LineReader, RawLine, count_lines, dump_line
-from batch.output import OutputFile
+from batch.journal import NO_KEY
+from batch.line_keys import LineKeys, id_key
 from batch.prepare import LineInfo, LinePreparer, PreparingSource
 from batch.requests import GenerationResult, PreparedRequest
 from batch.responses import ResponseWriter
 from batch.schema import LineError
-from batch.summary import Summary, engine_stats, model_fingerprint
+from batch.state import RunState, StateOptions
+from batch.summary import MaxErrors, Summary, engine_stats, model_fingerprint
 from batch.tokenizer import Tokenizer, read_json_object
 from converters.detect import open_checkpoint
 from l4tool.core.arch import Arch
 from l4tool.core.console import Progress, note
 from l4tool.core.errors import CheckpointError, InputMissing, L4Error, UsageError, WriteError
+from l4tool.core.signals import GracefulStop
 
 DEFAULT_MAX_IMAGES = 48
 COUNT_AT_MOST_BYTES = 2**30  # larger inputs: the number of lines is estimated from the first GiB
@@ -34,7 +38,9 @@ COUNT_AT_MOST_BYTES = 2**30  # larger inputs: the number of lines is estimated f
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The command's options. `limit` counts input lines; memory and batch sizes are passed on to the backend."""
+    """The command's options. `limit` counts input lines; memory and batch sizes are passed on to the backend. Error
+    lines go to `errors` where it is given. `in_order`: the finished output stands in input order. After a signal what
+    runs may take `grace_s` to finish. `-` is standard input or output."""
 
     input: Path
     output: Path
@@ -43,8 +49,12 @@ class BatchOptions:
     limit: int | None = None
     max_images: int = DEFAULT_MAX_IMAGES
     max_line_bytes: int = MAX_LINE_BYTES
-    force: bool = False
     summary: Path | None = None
+    errors: Path | None = None
+    in_order: bool = False
+    max_errors: MaxErrors | None = None
+    grace_s: float = 30.0
+    state: StateOptions = field(default_factory=StateOptions)
     device: str = "auto"
     dtype: str = "auto"
     max_batch_tokens: int | None = None
@@ -118,52 +128,94 @@ def _image_config(folder: Path) -> dict[str, Any]:
 
 
 def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backend) -> Summary:
-    """Answer every line of the input. Raises L4Error; what was written until then is whole lines."""
+    """Answer every line of the input that has no answer yet. Raises L4Error; what was written until then is whole
+    lines, and the same call carries on."""
     with contextlib.ExitStack() as stack:
-        source_file = stack.enter_context(_open_input(options))
+        source = stack.enter_context(_open_input(options))
         front = load_front(options)
         fingerprint = model_fingerprint(options.model)
-        output = OutputFile(options.output, options.force)
-        stack.push(lambda kind, error, trace: output.close(discard_if_empty=error is not None))
-        reader = LineReader(source_file, options.max_line_bytes, options.limit)
-        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint)
+        state = RunState(options.output, options.errors, job_facts(options, front, fingerprint), options.state)
+        stack.callback(state.close)
+        stop = stack.enter_context(GracefulStop(options.grace_s))
+        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint, state.totals)
         try:
-            _answer(options, front, reader, output, summary, make_backend)
+            _answer(options, front, source, state, summary, stop, make_backend)
         except BaseException:
-            _report_unfinished(options, summary)
+            _report_unfinished(options, state, summary)
             raise
     if options.summary is not None:
         summary.save(options.summary)
     return summary
 
 
+def job_facts(options: BatchOptions, front: Front, fingerprint: str) -> dict[str, Any]:
+    """What must stay the same between two runs that make one output."""
+    defaults = dataclasses.asdict(front.defaults)
+    return {
+        "model": fingerprint,
+        **{name: sorted(value) if isinstance(value, frozenset) else value for name, value in defaults.items()},
+        "stop": list(front.defaults.stop),
+        "dtype": options.dtype,
+        "max_images": options.max_images,
+        "error_file": None if options.errors is None else options.errors.name,
+        "duplicates": "run-each" if options.state.run_each else "error",
+    }
+
+
 def _answer(
-    options: BatchOptions, front: Front, reader: LineReader, output: OutputFile, summary: Summary,
+    options: BatchOptions, front: Front, source: BinaryIO, state: RunState, summary: Summary, stop: GracefulStop,
     make_backend: MakeBackend,
 ) -> None:  # fmt: skip
     """Load the model and run, unless there is nothing to do."""
-    lines = iter(reader)
-    first = next(lines, None)
+    base = _image_base(options)
+    total = _look_ahead(options, source, state, base)
+    reader, keys = LineReader(source, options.max_line_bytes, options.limit), LineKeys(base)
+    wanted = state.wanted(reader, keys)
+    first = next(wanted, None)
     if first is None:
-        output.start()
-        note(f"nothing to do: {options.input} has no lines")
+        note(_nothing_to_do(options, reader, state))
     else:
+        if state.num_skipped or state.has_results:
+            note(f"carrying on: {state.totals.lines:,} lines of {options.output} are done")
         started_s = time.monotonic()
         with contextlib.closing(make_backend(options, front)) as backend:
             summary.load_seconds = time.monotonic() - started_s
-            output.start()
-            _Run(options, front, output, summary).run(backend, itertools.chain([first], lines))
+            state.start()
+            run = _Run(options, front, state, summary, stop, total)
+            run.run(backend, itertools.chain([first], wanted))
+        stop.raise_if_requested()
     summary.lines, summary.blank_lines = reader.lines, reader.blank_lines
-    output.sync()
+    if first is not None or not state.is_complete:
+        state.finish(reader.lines, keys.digest(), options.in_order)
+    if options.limit is None and (gone := state.num_gone()):
+        note(f"{gone:,} lines of {options.output} answer lines that the input does not have any more")
     summary.is_complete = True
 
 
-def _report_unfinished(options: BatchOptions, summary: Summary) -> None:
+def _look_ahead(options: BatchOptions, source: BinaryIO, state: RunState, base: Path) -> int | None:
+    """The number of input lines; where there are results already, also which of them are still asked for."""
+    if not options.input.is_file():
+        return options.limit
+    if not state.has_results:
+        total = count_lines(options.input, COUNT_AT_MOST_BYTES)
+        return total if options.limit is None or total is None else min(total, options.limit)
+    total = state.meet(LineReader(source, options.max_line_bytes, options.limit), LineKeys(base))
+    source.seek(0)
+    return total
+
+
+def _nothing_to_do(options: BatchOptions, reader: LineReader, state: RunState) -> str:
+    if not reader.lines:
+        return f"nothing to do: {options.input} has no lines"
+    return f"nothing to do: all {reader.lines:,} lines of {options.input} are done"
+
+
+def _report_unfinished(options: BatchOptions, state: RunState, summary: Summary) -> None:
     """A run that was stopped: say what is there; the error that stopped it comes next."""
-    done = summary.ok + summary.num_errors
-    summary.lines = done
+    summary.lines = done = state.totals.lines
     if done:
-        note(f"stopped: {options.output} has the {done:,} lines that were done, all of them whole")
+        again = "; the same command carries on" if state.journal is not None else ""
+        note(f"stopped: {options.output} has the {done:,} lines that were done, all of them whole{again}")
     if options.summary is not None:
         try:
             summary.save(options.summary)
@@ -174,51 +226,67 @@ def _report_unfinished(options: BatchOptions, summary: Summary) -> None:
 class _Run:
     """The loop: results become lines as they come; `pending` holds only what the backend is working on."""
 
-    def __init__(self, options: BatchOptions, front: Front, output: OutputFile, summary: Summary) -> None:
-        self.output, self.summary = output, summary
-        self.pending: dict[int, LineInfo] = {}
+    def __init__(
+        self, options: BatchOptions, front: Front, state: RunState, summary: Summary, stop: GracefulStop,
+        total_lines: int | None,
+    ) -> None:  # fmt: skip
+        self.state, self.summary, self.stop, self.max_errors = state, summary, stop, options.max_errors
+        self.pending: dict[int, tuple[LineInfo, int]] = {}  # with the number of pictures
         self.responses = ResponseWriter(
-            front.tokenizer, options.model.resolve().name, "l4_" + summary.fingerprint, int(time.time())
+            front.tokenizer, options.model.resolve().name, "l4_" + summary.fingerprint, state.created_s
         )
-        beside = options.input.absolute().parent if options.input.is_file() else Path.cwd()  # a pipe has no folder
-        self.preparer = LinePreparer(front.arch, front.chat, front.tiles, front.defaults, beside, options.max_images)
+        base = _image_base(options)
+        self.preparer = LinePreparer(front.arch, front.chat, front.tiles, front.defaults, base, options.max_images)
         self.started_s = time.monotonic()
-        self.progress = Progress("batch", _total_lines(options), unit="lines")
+        self.progress = Progress("batch", total_lines, unit="lines", initial=state.totals.lines)
 
-    def run(self, backend: Backend, lines: Iterator[RawLine]) -> None:
-        source = PreparingSource(lines, self.preparer, self._on_request, self._on_error)
+    def run(self, backend: Backend, lines: Iterator[tuple[RawLine, bytes]]) -> None:
+        keyed = (replace(raw, key=key) for raw, key in lines)
+        source = PreparingSource(
+            keyed, self.preparer, self._on_request, self._on_error, self._claim, lambda: self.stop.is_requested
+        )
         try:
             with self.progress:
                 for result in backend.run(source):
                     self._on_result(result)
                 while (request := source.take(wait=True)) is not None:  # a backend that ends early
-                    self._on_error(self.pending[request.key], _lost())
-                for info in list(self.pending.values()):  # or loses requests must not lose lines
+                    self._on_error(self.pending[request.key][0], _lost())
+                for info, _ in list(self.pending.values()):  # or loses requests must not lose lines
                     self._on_error(info, _lost())
         finally:
             source.close()
             self.summary.seconds = time.monotonic() - self.started_s
             self.summary.engine = engine_stats(backend)
 
+    def _claim(self, info: LineInfo) -> LineError | None:
+        if info.id is None or self.state.claim(id_key(info.id), info.number):
+            return None
+        return LineError(
+            "duplicate_id", f"the id {str(info.id)[:100]!r} occurs twice (--duplicates run-each runs both)"
+        )
+
     def _on_request(self, info: LineInfo, request: PreparedRequest) -> None:
-        self.pending[request.key] = info
-        self.summary.images += len(request.images)
+        self.pending[request.key] = (info, len(request.images))
 
     def _on_error(self, info: LineInfo, error: LineError) -> None:
         self.pending.pop(info.number, None)
-        self.output.write(dump_line(self.responses.error(info, error.code, error.message)))
-        self.summary.errors[error.code] += 1
+        known_as = NO_KEY if info.id is None or error.code == "duplicate_id" else id_key(info.id)
+        line = dump_line(self.responses.error(info, error.code, error.message))
+        self.state.write(info.key, known_as, info.number, line, error.code)
         self._advance()
+        if self.max_errors is not None:
+            self.max_errors.check(self.summary)
 
     def _on_result(self, result: GenerationResult) -> None:
-        info = self.pending.pop(result.key)
+        info, images = self.pending.pop(result.key)
         if result.error_code is not None:
             self._on_error(info, LineError(result.error_code, result.error_message or ""))
             return
-        self.output.write(dump_line(self.responses.success(info, result)))
-        self.summary.ok += 1
-        self.summary.prompt_tokens += result.prompt_tokens
-        self.summary.completion_tokens += sum(len(choice.token_ids) for choice in result.choices)
+        completion_tokens = sum(len(choice.token_ids) for choice in result.choices)
+        self.state.write(
+            info.key, NO_KEY if info.id is None else id_key(info.id), info.number,
+            dump_line(self.responses.success(info, result)), "", result.prompt_tokens, completion_tokens, images,
+        )  # fmt: skip
         for choice in result.choices:
             self.summary.finish_reasons[choice.finish_reason] += 1
         self._advance()
@@ -231,33 +299,39 @@ def _lost() -> LineError:
     return LineError("internal_error", "the backend ended without an answer")
 
 
+def _image_base(options: BatchOptions) -> Path:
+    """Where relative paths of pictures begin: beside the input; a pipe has no folder."""
+    return options.input.absolute().parent if options.input.is_file() else Path.cwd()
+
+
 def _open_input(options: BatchOptions) -> BinaryIO:
     """The input, open for reading, after the checks that need no more than paths. Raises L4Error."""
     path = options.input
     try:
-        file = open(path, "rb")
+        file = open(0, "rb", closefd=False) if str(path) == "-" else open(path, "rb")
     except OSError as error:
         raise InputMissing(f"cannot read {path}: {error.strerror}") from None
-    written = [options.output, *([options.summary] if options.summary else [])]
     try:
-        for target in written:
-            if target.exists() and os.path.samestat(os.fstat(file.fileno()), target.stat()):
-                raise UsageError(f"{target} is the input", hint="choose another file to write to")
-            if not target.resolve().parent.is_dir():
-                raise WriteError(f"no such folder: {target.parent}", hint=f"mkdir -p {target.parent}")
-            if target.is_dir():
-                raise WriteError(f"{target} is a folder", hint="give the name of a file")
-        if options.summary and options.summary.resolve() == options.output.resolve():
-            raise UsageError("--summary and the output are the same file", hint="choose another name for the summary")
+        _check_targets(options, file)
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _total_lines(options: BatchOptions) -> int | None:
-    """How many lines there are to do, for the ETA; None for a pipe."""
-    if not options.input.is_file():
-        return options.limit
-    total = count_lines(options.input, COUNT_AT_MOST_BYTES)
-    return total if options.limit is None or total is None else min(total, options.limit)
+def _check_targets(options: BatchOptions, source: BinaryIO) -> None:
+    """Every file to be written has a folder and is neither the input nor another one of them."""
+    targets = {"the output": options.output, "--errors": options.errors, "--summary": options.summary}
+    seen: dict[Path, str] = {}
+    for name, target in targets.items():
+        if target is None or str(target) == "-":
+            continue
+        if target.exists() and os.path.samestat(os.fstat(source.fileno()), target.stat()):
+            raise UsageError(f"{target} is the input", hint="choose another file to write to")
+        if not target.resolve().parent.is_dir():
+            raise WriteError(f"no such folder: {target.parent}", hint=f"mkdir -p {target.parent}")
+        if target.is_dir():
+            raise WriteError(f"{target} is a folder", hint="give the name of a file")
+        if target.resolve() in seen:
+            raise UsageError(f"{name} and {seen[target.resolve()]} are the same file", hint="choose another name")
+        seen[target.resolve()] = name

@@ -25,12 +25,14 @@ class BadJson(ValueError):
 class RawLine:
     """One non-blank line without its line ending. `number` counts from 1, blank lines included.
 
-    `too_long`: the line passed the byte limit; `data` is then only its first HEAD_BYTES bytes.
+    `too_long`: the line passed the byte limit; `data` is then only its first HEAD_BYTES bytes. `key` is what the
+    journal knows it by (`line_keys`).
     """
 
     number: int
     data: bytes
     too_long: bool = False
+    key: bytes = b""
 
 
 class LineReader:

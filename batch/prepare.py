@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batch.chat import ChatFormat
@@ -30,7 +30,8 @@ _CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 @dataclass(frozen=True)
 class LineInfo:
-    """What answering a line needs to know about it. `digest` is 16 hex characters of its content and place."""
+    """What answering a line needs to know about it. `digest` is 16 hex characters of its content and place, `key` what
+    the journal knows it by."""
 
     number: int
     is_openai: bool
@@ -38,6 +39,7 @@ class LineInfo:
     digest: str
     endpoint: str = "chat"
     model: str | None = None
+    key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class LinePreparer:
     def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared:
         """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure)."""
         digest = hashlib.blake2b(raw.data, digest_size=8, key=raw.number.to_bytes(8, "big")).hexdigest()
-        info = LineInfo(raw.number, b'"custom_id"' in raw.data, None, digest)
+        info = LineInfo(raw.number, b'"custom_id"' in raw.data, None, digest, key=raw.key)
         try:
             if raw.too_long:
                 raise LineError("line_too_long", "the line is longer than the limit")
@@ -74,13 +76,14 @@ class LinePreparer:
             except BadJson as error:
                 raise LineError("invalid_json", str(error)) from None
             if isinstance(value, dict):
-                info = LineInfo(raw.number, is_openai(value), line_id(value), digest)
+                info = replace(info, is_openai=is_openai(value), id=line_id(value))
             line = parse_line(value)
-            info = LineInfo(raw.number, line.form == "openai", line.id, digest, line.endpoint, line.model)
+            is_openai_form = line.form == "openai"
+            info = replace(info, is_openai=is_openai_form, id=line.id, endpoint=line.endpoint, model=line.model)
             return Prepared(info, self._request(raw, line, gate))
         except LineError as error:
             if info.id is None and info.is_openai:
-                info = LineInfo(raw.number, True, _custom_id(raw.data), digest)
+                info = replace(info, id=_custom_id(raw.data))
             return Prepared(info, error=error)
         except Exception as error:  # our own bug must cost this line, not the run
             return Prepared(info, error=LineError("internal_error", f"{type(error).__name__}: {error}"[:500]))
@@ -151,6 +154,8 @@ def _custom_id(data: bytes) -> str | None:
 class PreparingSource:
     """A RequestSource over raw lines. Requests come in input order; error lines go to `on_error` as they are met.
 
+    `claim` sees every line once, in input order, and may turn it into an error. Once `is_stopping` says so, nothing
+    comes any more.
     At most MAX_AHEAD lines are prepared ahead. Pictures wait while IMAGE_BUDGET_BYTES of tiles are waiting to be
     pulled, except those of the line that is next, so there is always progress.
     """
@@ -161,11 +166,14 @@ class PreparingSource:
         preparer: LinePreparer,
         on_request: Callable[[LineInfo, PreparedRequest], None],
         on_error: Callable[[LineInfo, LineError], None],
+        claim: Callable[[LineInfo], LineError | None] = lambda info: None,
+        is_stopping: Callable[[], bool] = lambda: False,
         num_threads: int = 2,
         image_budget_bytes: int = IMAGE_BUDGET_BYTES,
     ) -> None:
         self._lines, self._preparer = lines, preparer
         self._on_request, self._on_error = on_request, on_error
+        self._claim, self._is_stopping = claim, is_stopping
         self._budget_bytes = image_budget_bytes
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
         self._queue: deque[Future[Prepared]] = deque()
@@ -178,7 +186,7 @@ class PreparingSource:
 
     def take(self, wait: bool) -> PreparedRequest | None:
         """The next request; see RequestSource."""
-        while True:
+        while not self._is_stopping():
             self._fill()
             if not self._queue or (not wait and not self._queue[0].done()):
                 return None
@@ -187,11 +195,14 @@ class PreparingSource:
                 self._held.pop(self._head, None)
                 self._head += 1
                 self._changed.notify_all()
-            if prepared.request is not None:
+            clash = self._claim(prepared.info)
+            if prepared.request is not None and clash is None:
                 self._on_request(prepared.info, prepared.request)
                 return prepared.request
-            assert prepared.error is not None
-            self._on_error(prepared.info, prepared.error)
+            error = prepared.error or clash
+            assert error is not None
+            self._on_error(prepared.info, error)
+        return None
 
     def close(self) -> None:
         """Stop the threads; what was prepared and not pulled is dropped."""

@@ -11,54 +11,110 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from batch.state import Totals
 from l4tool import __version__
 from l4tool.core.atomic import write_file
 from l4tool.core.console import table
+from l4tool.core.errors import EXIT_ERROR_LINES, L4Error, UsageError
 from l4tool.core.sizes import format_duration
 
+_COUNTED = ("num_errors", "lines_done", "prompt_tokens", "completion_tokens")
 _PACKAGES = ("torch", "tokenizers", "jinja2", "pillow", "pydantic", "numba", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class MaxErrors:
+    """When a run gives up: after more than `count` error lines, or more than `percent` of its lines once there are
+    `MIN_LINES`."""
+
+    count: int | None = None
+    percent: float | None = None
+
+    MIN_LINES: ClassVar[int] = 100
+
+    @classmethod
+    def parse(cls, text: str) -> MaxErrors:
+        """'20' or '5%'. Raises UsageError."""
+        number = text.strip().removesuffix("%")
+        try:
+            value = float(number) if "%" in text else int(number)
+        except ValueError:
+            value = -1
+        if not 0 <= value < float("inf") or ("%" in text and value > 100):
+            raise UsageError(f"--max-errors {text}", hint="give a number of lines, such as 20, or a share, such as 5%")
+        return cls(percent=value) if "%" in text else cls(count=int(value))
+
+    def check(self, summary: Summary) -> None:
+        """Raises TooManyErrors. Only this run's lines count."""
+        errors, lines = summary.new("num_errors"), summary.new("lines_done")
+        too_many = self.count is not None and errors > self.count
+        if self.percent is not None and lines >= self.MIN_LINES:
+            too_many = too_many or 100 * errors > self.percent * lines
+        if too_many:
+            raise TooManyErrors(
+                f"{errors:,} of {lines:,} lines are errors, more than --max-errors allows",
+                hint="see the error lines; the same command carries on, --retry-errors redoes them",
+            )
+
+
+class TooManyErrors(L4Error):
+    exit_code = EXIT_ERROR_LINES
 
 
 @dataclass
 class Summary:
-    """One run. Seconds: `seconds` from the first line to the last, `load_seconds` for the model. Tokens: of answered
-    lines."""
+    """One job as it stands after this run. `totals` counts earlier runs too; seconds are this run's: `seconds` from
+    the first line to the last, `load_seconds` for the model. Tokens: of answered lines."""
 
     input: str
     output: str
     model: str
     fingerprint: str
+    totals: Totals
     lines: int = 0
     blank_lines: int = 0
-    ok: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    images: int = 0
     seconds: float = 0.0
     load_seconds: float = 0.0
     is_complete: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._before = {name: getattr(self, name) for name in _COUNTED}
+
+    ok = property(lambda self: self.totals.ok)
+    errors = property(lambda self: self.totals.errors)
+    images = property(lambda self: self.totals.images)
+    prompt_tokens = property(lambda self: self.totals.prompt_tokens)
+    completion_tokens = property(lambda self: self.totals.completion_tokens)
+    lines_done = property(lambda self: self.totals.lines)
+
     @property
     def num_errors(self) -> int:
-        return sum(self.errors.values())
+        return sum(self.totals.errors.values())
 
-    def rate(self, count: int) -> float:
-        return count / self.seconds if self.seconds > 0 else 0.0
+    def new(self, name: str) -> int:
+        """What this run added to a count."""
+        return int(getattr(self, name) - self._before[name])
+
+    def rate(self, name: str) -> float:
+        """This run's count per second."""
+        return self.new(name) / self.seconds if self.seconds > 0 else 0.0
 
     def speed_text(self, elapsed_s: float) -> str:
         """Tokens per second in and out, for the progress line."""
         elapsed_s = max(elapsed_s, 1e-9)
-        text = f"in {self.prompt_tokens / elapsed_s:,.0f} tok/s, out {self.completion_tokens / elapsed_s:,.0f} tok/s"
+        tokens_in, tokens_out = self.new("prompt_tokens") / elapsed_s, self.new("completion_tokens") / elapsed_s
+        text = f"in {tokens_in:,.0f} tok/s, out {tokens_out:,.0f} tok/s"
         return text + (f", {self.num_errors} errors" if self.errors else "")
 
     def as_table(self) -> str:
         rows: list[tuple[str, str]] = [("lines", f"{self.lines:,}"), ("answered", f"{self.ok:,}")]
         rows += [(f"error: {code}", f"{count:,}") for code, count in sorted(self.errors.items())]
+        if before := self._before["lines_done"]:
+            rows.append(("of these by earlier runs", f"{before:,}"))
         if self.blank_lines:
             rows.append(("blank lines skipped", f"{self.blank_lines:,}"))
         if self.images:
@@ -68,8 +124,8 @@ class Summary:
             ("tokens out", f"{self.completion_tokens:,}"),
             ("loading the model", format_duration(self.load_seconds)),
             ("running", format_duration(self.seconds)),
-            ("tokens in per second", f"{self.rate(self.prompt_tokens):,.1f}"),
-            ("tokens out per second", f"{self.rate(self.completion_tokens):,.1f}"),
+            ("tokens in per second", f"{self.rate('prompt_tokens'):,.1f}"),
+            ("tokens out per second", f"{self.rate('completion_tokens'):,.1f}"),
         ]
         return table(rows)
 
@@ -81,6 +137,7 @@ class Summary:
             "model_fingerprint": self.fingerprint,
             "complete": self.is_complete,
             "lines": self.lines,
+            "lines_by_earlier_runs": self._before["lines_done"],
             "blank_lines": self.blank_lines,
             "ok": self.ok,
             "errors": self.num_errors,
@@ -91,8 +148,8 @@ class Summary:
             "completion_tokens": self.completion_tokens,
             "load_seconds": round(self.load_seconds, 3),
             "seconds": round(self.seconds, 3),
-            "prompt_tokens_per_second": round(self.rate(self.prompt_tokens), 2),
-            "completion_tokens_per_second": round(self.rate(self.completion_tokens), 2),
+            "prompt_tokens_per_second": round(self.rate("prompt_tokens"), 2),
+            "completion_tokens_per_second": round(self.rate("completion_tokens"), 2),
             "engine": self.engine,
             "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -11,6 +11,7 @@ import click
 
 from l4tool import __version__
 from l4tool.core import errors
+from l4tool.core.signals import Terminated
 
 COMMANDS = {
     "fetch": "Download a Llama 4 checkpoint: resumable, every byte checked.",
@@ -59,10 +60,6 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="l4tool")
 def cli() -> None:
     """The Llama 4 toolchain: fetch and quantize checkpoints, run offline batches over JSONL files."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like KeyboardInterrupt so that files are left consistent."""
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

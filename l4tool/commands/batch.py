@@ -51,16 +51,34 @@ class _Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
 @click.option("--max-images", type=click.IntRange(0), default=48, show_default=True, help="Images allowed in one line.")
-@click.option("--force", is_flag=True, help="Overwrite OUT.jsonl if it is not empty.")
+@click.option("--order", type=click.Choice(["completion", "input"]), default="completion", show_default=True,
+              help="Order of the finished output; while it runs, lines come as they finish.")  # fmt: skip
+@click.option("--errors", type=_PATH, metavar="FILE", help="Write error lines there instead.")
+@click.option("--max-errors", metavar="N|P%", help="Give up after more error lines than this.")
+@click.option("--retry-errors", is_flag=True, help="Run lines again that were answered with an error.")
+@click.option("--duplicates", type=click.Choice(["error", "run-each"]), default="error", show_default=True,
+              help="A second line with the same id: an error line, or run like any other.")  # fmt: skip
+@click.option("--sync-lines", type=click.IntRange(1), default=1000, show_default=True,
+              help="Lines that a power cut may cost at most.")  # fmt: skip
+@click.option("--sync-seconds", type=click.FloatRange(0), default=5, show_default=True,
+              help="Seconds of work that a power cut may cost at most.")  # fmt: skip
+@click.option("--grace", type=click.FloatRange(0), default=30, show_default=True, metavar="SECONDS",
+              help="After SIGTERM or Ctrl-C, time for what runs to finish.")  # fmt: skip
+@click.option("--wait", is_flag=True, help="Wait while another run writes OUT.jsonl.")
+@click.option("--force", is_flag=True, help="Start over: what OUT.jsonl holds is lost.")
 @click.option("--summary", type=_PATH, metavar="FILE", help="Write the final figures as JSON.")
 def command(**options: Any) -> int:
     """Answer every line of IN.jsonl, text and images, and write one line each to OUT.jsonl.
 
     Lines are in OpenAI's batch form or the short form {"prompt": "…"}. Values that a line gives win over these
     options, and these over the checkpoint's generation_config.json. Answers are written as they finish.
+
+    Interrupted or killed, the same command carries on: OUT.jsonl.journal, beside the output, knows which lines are done.
     """
     from batch.generation import SamplingOptions
     from batch.job import BatchOptions, run_batch
+    from batch.state import StateOptions
+    from batch.summary import MaxErrors
     from l4tool.core.console import note
 
     if any(not text for text in options["stop"]):
@@ -68,6 +86,13 @@ def command(**options: Any) -> int:
     sampling = SamplingOptions(
         **{name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")}
     )
-    summary = run_batch(BatchOptions(sampling=sampling, kv_memory_bytes=options.pop("kv_memory"), **options))
+    state = StateOptions(
+        run_each=options.pop("duplicates") == "run-each", sync_s=options.pop("sync_seconds"),
+        **{name: options.pop(name) for name in ("force", "wait", "retry_errors", "sync_lines")},
+    )  # fmt: skip
+    max_errors = options.pop("max_errors")
+    renamed = {"kv_memory_bytes": options.pop("kv_memory"), "in_order": options.pop("order") == "input",
+               "grace_s": options.pop("grace"), "max_errors": MaxErrors.parse(max_errors) if max_errors else None}  # fmt: skip
+    summary = run_batch(BatchOptions(sampling=sampling, state=state, **renamed, **options))
     note(summary.as_table())
     return EXIT_ERROR_LINES if summary.num_errors else EXIT_OK

@@ -12,6 +12,7 @@ import pytest
 
 from l4tool import main as main_module
 from l4tool.core import errors
+from l4tool.core.signals import Terminated
 
 SCRIPT = Path(sys.executable).with_name("l4tool")
 
@@ -66,7 +67,7 @@ def test_modules_of_the_same_name_in_the_working_directory_do_no_harm(tmp_path):
         (errors.WriteError("no room", hint="buy a disk"), 73, "l4tool: no room\n  hint: buy a disk\n"),
         (errors.CheckpointError("bad"), 65, "l4tool: bad\n"),
         (KeyboardInterrupt(), 130, "l4tool: interrupted\n"),
-        (main_module.Terminated(), 143, "l4tool: terminated\n"),
+        (Terminated(), 143, "l4tool: terminated\n"),
         (ValueError("a bug"), 70, "l4tool: internal error: ValueError: a bug\n"),
     ],
 )

@@ -6,7 +6,10 @@ import json
 import pytest
 
 from batch.job import BatchOptions, load_front, run_batch
+from batch.state import StateOptions
 from batch.requests import Choice, GenerationResult, TokenLogprob
+
+FORCE = StateOptions(force=True)
 
 
 class EchoBackend:
@@ -70,7 +73,7 @@ def run(tmp_path, scout_tiny):
         data = lines if isinstance(lines, bytes) else b"".join(encode(line) + b"\n" for line in lines)
         source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_bytes(data)
-        summary = run_batch(BatchOptions(source, target, scout_tiny, force=True, **options), make_backend)
+        summary = run_batch(BatchOptions(source, target, scout_tiny, **{"state": FORCE} | options), make_backend)
         raw = target.read_bytes()
         assert not raw or raw.endswith(b"\n")
         return summary, [json.loads(line) for line in raw.splitlines()]

@@ -58,7 +58,9 @@ def test_the_examples_run(tmp_path, scout_tiny):
     found = json.loads(summary.read_text())
     assert found["ok"] == 9 and found["images"] == 5 and found["engine"]["steps"] > 0
     again = l4tool("batch", *arguments)
-    assert again.returncode == 73 and "--force" in again.stderr
+    assert again.returncode == 0 and "nothing to do: all 9 lines" in again.stderr
+    other = l4tool("batch", *arguments, "--temperature", 0.5)
+    assert other.returncode == 73 and "temperature was" in other.stderr and "--force" in other.stderr
     assert out.read_text().splitlines() == [json.dumps(x, ensure_ascii=False, separators=(",", ":")) for x in lines]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from tests.batch.job.conftest import FORCE
 from batch.job import BatchOptions, run_batch
 from batch.jsonl import RawLine
 from batch.prepare import LinePreparer
@@ -32,7 +33,7 @@ def answers(tmp_path, scout_tiny):
     def call(lines, **options):
         source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        summary = run_batch(BatchOptions(source, target, scout_tiny, force=True, dtype="float32", **options))
+        summary = run_batch(BatchOptions(source, target, scout_tiny, state=FORCE, dtype="float32", **options))
         assert summary.num_errors == 0
         return {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
 

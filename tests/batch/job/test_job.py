@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from batch.generation import SamplingOptions
+from batch.journal import Journal
 from batch.job import BatchOptions, load_front, run_batch
 from batch.requests import GenerationResult
 from l4tool.core.errors import CheckpointError, InputMissing, LockHeld, UsageError, WriteError
 from tests import checkpoints
-from tests.batch.job.conftest import EchoBackend
+from tests.batch.job.conftest import FORCE, EchoBackend
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -97,8 +98,8 @@ BAD = [
 def test_every_bad_line_becomes_one_error_line_with_its_number(run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     Image.new("RGB", (10, 10)).save(tmp_path / "good.png")
-    good = {"id": "good", "prompt": "hi", "images": ["good.png"]}
-    lines = [item for pair in BAD for item in (pair[0], good)]
+    good = {"prompt": "hi", "images": ["good.png"]}
+    lines = [item for place, pair in enumerate(BAD) for item in (pair[0], {"id": place, **good})]
     summary, out = run(lines, max_images=2, max_line_bytes=90_000)
     # the deeply nested line and the long one are above the limit of this run
     expected = [("line_too_long" if len(line) > 90_000 else code) for line, code in BAD]
@@ -237,7 +238,7 @@ class TestPaths:
         os.link(self.options(tmp_path, scout_tiny).input, tmp_path / "link")
         for name in ("in.jsonl", "link"):
             target = tmp_path / name
-            self.check(self.options(tmp_path, scout_tiny, output=target, force=True), UsageError, "is the input")
+            self.check(self.options(tmp_path, scout_tiny, output=target, state=FORCE), UsageError, "is the input")
             self.check(self.options(tmp_path, scout_tiny, summary=target), UsageError, "is the input")
         assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "hi"}\n'
 
@@ -245,7 +246,7 @@ class TestPaths:
         (tmp_path / "out.jsonl").write_text("precious\n")
         self.check(self.options(tmp_path, scout_tiny), WriteError, "not empty")
         assert (tmp_path / "out.jsonl").read_text() == "precious\n"
-        summary = run_batch(self.options(tmp_path, scout_tiny, force=True), EchoBackend)
+        summary = run_batch(self.options(tmp_path, scout_tiny, state=FORCE), EchoBackend)
         assert summary.ok == 1 and "precious" not in (tmp_path / "out.jsonl").read_text()
 
     def test_output_folder_missing_or_a_folder(self, tmp_path, scout_tiny):
@@ -256,10 +257,8 @@ class TestPaths:
         self.check(both, UsageError, "same file")
 
     def test_output_locked(self, tmp_path, scout_tiny):
-        from batch.output import OutputFile
-
-        held = OutputFile(tmp_path / "out.jsonl")
-        self.check(self.options(tmp_path, scout_tiny, force=True), LockHeld, "another run")
+        held = Journal(tmp_path / "out.jsonl.journal")
+        self.check(self.options(tmp_path, scout_tiny, state=FORCE), LockHeld, "another run")
         held.close()
         assert run_batch(self.options(tmp_path, scout_tiny), EchoBackend).ok == 1
 
@@ -272,7 +271,7 @@ class TestPaths:
         assert not (tmp_path / "out.jsonl").exists()
         (tmp_path / "out.jsonl").write_text("old answers\n")
         with pytest.raises(CheckpointError):
-            run_batch(self.options(tmp_path, scout_tiny, force=True), broken)
+            run_batch(self.options(tmp_path, scout_tiny, state=FORCE), broken)
         assert (tmp_path / "out.jsonl").read_text() == "old answers\n"
 
     def test_input_may_be_a_pipe(self, tmp_path, scout_tiny, monkeypatch):

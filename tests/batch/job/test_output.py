@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch.output import OutputFile
-from l4tool.core.errors import LockHeld, WriteError
+from l4tool.core.errors import WriteError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,7 +39,7 @@ def test_a_full_disk_cuts_back_to_whole_lines(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
-    assert done.stdout.startswith("73 ") and "whole" in done.stdout and "--force" in done.stdout, done.stderr
+    assert done.stdout.startswith("73 ") and "whole" in done.stdout and "ulimit" in done.stdout, done.stderr
     assert path.read_bytes() == (b"x" * 299 + b"\n") * 3
 
 
@@ -69,27 +69,24 @@ def test_a_signal_within_a_write_cuts_back(tmp_path, monkeypatch):
     assert (tmp_path / "out").read_bytes() == b"whole\nnext\n"
 
 
-def test_locks_and_refusals(tmp_path):
+def test_start_keeps_what_it_is_told(tmp_path):
     path = tmp_path / "out"
+    path.write_bytes(b"one\ntorn")
     output = OutputFile(path)
-    with pytest.raises(LockHeld):
-        OutputFile(path, force=True)
-    output.write(b"x\n")
-    output.close(discard_if_empty=True)
-    with pytest.raises(WriteError, match="not empty"):
-        OutputFile(path)
-    OutputFile(path, force=True).close(discard_if_empty=True)
-    assert path.read_bytes() == b"x\n"  # it was there before, and no run started
-    forced = OutputFile(path, force=True)
-    forced.start()
-    forced.write(b"new\n")
-    forced.close()
-    assert path.read_bytes() == b"new\n"
+    assert output.found_bytes() == 8 and path.read_bytes() == b"one\ntorn"  # opening changes nothing
+    output.start(4)
+    output.write(b"two\n")
+    assert output.read(4, 4) == b"two\n"
+    output.close()
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_discarding_only_what_this_run_made(tmp_path):
-    OutputFile(tmp_path / "out").close(discard_if_empty=True)
+    OutputFile(tmp_path / "out").close(discard=True)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "old").write_bytes(b"")
+    OutputFile(tmp_path / "old").close(discard=True)
+    assert (tmp_path / "old").exists()
 
 
 def test_no_permission(tmp_path):

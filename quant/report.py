@@ -37,7 +37,7 @@ def build(
     tensors = {name: {"kind": kinds[name], **_errors(*sums[name])} for name in kinds if name in sums}
     errors = [_relative(*pair) for pair in sums.values()]
     total_error, total_square = math.fsum(p[0] for p in sums.values()), math.fsum(p[1] for p in sums.values())
-    fit = memory.fit(reader.arch, plan.output_bytes)
+    fit = memory.fit(reader.arch.text, plan.output_bytes)
     return {
         "tool": "l4tool quantize",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "numba")}},
@@ -53,8 +53,8 @@ def build(
         "h100_80gb": {
             "fits": fit.fits,
             "usable_bytes": memory.H100_USABLE_BYTES,
-            "reserved_bytes": memory.RESERVED_BYTES,
-            "left_for_kv_bytes": fit.left_bytes,
+            "reserved_bytes": fit.reserved_bytes,
+            "left_for_kv_bytes": fit.kv_bytes,
             "kv_tokens": fit.kv_tokens,
         },
         "output": {name: {"size": shards[name]["size"], "digest": shards[name]["digest"]} for name in sorted(shards)},
@@ -119,13 +119,13 @@ def render_plan(reader: Reader, recipe: Recipe, plan: Plan, budget: Budget) -> s
         for label, (kind, before, after) in plan.classes.items()
     ]
     rows.append(("total", "", format_bytes(plan.source_bytes), format_bytes(plan.output_bytes)))
-    fit = memory.fit(reader.arch, plan.output_bytes)
+    fit = memory.fit(reader.arch.text, plan.output_bytes)
     kinds = {kind for kind, _, _ in plan.classes.values()}
     groups = f", scale {recipe.scale}, group size {recipe.group_size}" if "int4" in kinds else ""
     facts = [
         ("scheme", f"{recipe.scheme}{groups}, {recipe.format}"),
         ("shards", str(len(plan.shards))),
         ("at once", f"{budget.jobs} pieces"),
-        *fit_rows({"fits": fit.fits, "kv_tokens": fit.kv_tokens, "reserved_bytes": memory.RESERVED_BYTES}),
+        *fit_rows({"fits": fit.fits, "kv_tokens": fit.kv_tokens, "reserved_bytes": fit.reserved_bytes}),
     ]
     return f"{table(rows, header=('tensors', 'as', 'before', 'after'))}\n\n{table(facts)}"

@@ -78,6 +78,7 @@ class HubServer:
         self.tokens = {"good-token"}  # users that have access to gated and private repositories
         self.strangers = {"stranger-token"}  # users that do not; every other token is invalid
         self.rate, self.page_size = rate, page_size
+        self.resolve_cache = False  # small files behind a relative redirect on the hub, as the real one does
         self.faults = Faults()
         self.requests: list[Request] = []
         self.errors: list[BaseException | None] = []  # bugs of this server

@@ -5,6 +5,7 @@ Everything here follows from source, recipe and plan alone, so that a resumed ru
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from l4tool.core import licence
 from l4tool.core.atomic import write_file
 from l4tool.core.console import note
 from l4tool.core.errors import InputMissing, UsageError
+from quant import journal
 from quant.card_text import CardFacts, model_card, suggested_name
 from quant.plan import Plan
 from quant.schemes import Recipe
@@ -73,6 +75,12 @@ class SideFiles:
             "notice": licence.NOTICE if self.origin.is_llama else None,
             "missing": self._missing(),
         }
+
+    def add_licence(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+        """Put the given licence into an output that is complete without it; returns the report. Raises WriteError."""
+        self.write(out, recipe, plan, report)
+        write_file(out / journal.REPORT, json.dumps(report, indent=2) + "\n")
+        return report
 
     def _missing(self) -> list[str]:
         """What a Llama derivative must or should carry and this one does not."""

@@ -22,7 +22,7 @@ CLASSES = {
     "experts": "routed experts",
     "shared": "shared experts, dense MLPs",
     "attention": "attention",
-    "other": "everything else: router, norms, embeddings, lm_head, vision tower and projector",
+    "other": "everything else: router, norms, embeddings, lm_head, vision",
 }
 CARRIED = ("license", "license_name", "license_link")
 HUB_LICENCE_FILES = ("LICENSE", "LICENSE.md")  # what the hub takes for `license_link`, besides a URL

@@ -21,9 +21,10 @@ from batch.prepare import LineInfo, LinePreparer, PreparingSource
 from batch.requests import GenerationResult, PreparedRequest
 from batch.responses import ResponseWriter
 from batch.schema import LineError
-from batch.summary import Summary, engine_stats, model_fingerprint
+from batch.summary import Summary, engine_stats, license_duty, model_fingerprint
 from batch.tokenizer import Tokenizer, read_json_object
 from converters.detect import open_checkpoint
+from converters.origin import read_origin
 from l4tool.core.arch import Arch
 from l4tool.core.console import Progress, note
 from l4tool.core.errors import CheckpointError, InputMissing, L4Error, UsageError, WriteError
@@ -126,7 +127,8 @@ def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backen
         output = OutputFile(options.output, options.force)
         stack.push(lambda kind, error, trace: output.close(discard_if_empty=error is not None))
         reader = LineReader(source_file, options.max_line_bytes, options.limit)
-        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint)
+        duty = license_duty(read_origin(options.model, read_json_object(options.model / "config.json")))
+        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint, duty)
         try:
             _answer(options, front, reader, output, summary, make_backend)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Hub:
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # a login page, say, instead of JSON
                 message = f"{what}: {self.endpoint} does not answer like a hub ({type(error).__name__})"
                 raise Retry(NetworkError(message, hint="check HF_ENDPOINT and the proxy settings")) from error
-        if not info.sha:
+        if info.sha is None or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
             raise CheckpointError(f"{what}: the hub names no commit", hint="is the repository empty?")
         return Snapshot(spec.repo_id, info.sha, files, bool(info.gated), card)
 
@@ -170,4 +171,6 @@ def _remote_file(sibling: Any, what: str) -> RemoteFile:
     if not isinstance(sibling.size, int) or sibling.size < 0 or not sibling.blob_id:
         raise CheckpointError(f"{what}: the hub gives no size or hash for {sibling.rfilename!r}")
     sha256 = sibling.lfs.sha256 if sibling.lfs else None
+    if not re.fullmatch(r"[0-9a-f]{64}" if sha256 else r"[0-9a-f]{40}", sha256 or sibling.blob_id):
+        raise CheckpointError(f"{what}: the hub gives no usable hash for {sibling.rfilename!r}")
     return RemoteFile(sibling.rfilename, sibling.size, sha256, sibling.blob_id)

@@ -10,7 +10,6 @@ page cache that held them is still there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -21,23 +20,16 @@ from typing import Any
 from l4tool.core.atomic import part_path, publish, write_errors
 from l4tool.core.errors import ChecksumError
 from l4tool.hub.client import RemoteFile
+from l4tool.hub.manifest import READ_BYTES, new_hash
 
 LEDGER_SUFFIX = ".ledger"
 NEW_SUFFIX = ".new"
 MARK_BYTES = 64 * 2**20
-READ_BYTES = 4 * 2**20
 
 
 def ledger_path(target: Path) -> Path:
     part = part_path(target)
     return part.with_name(part.name + LEDGER_SUFFIX)
-
-
-def new_hash(file: RemoteFile) -> Any:
-    """The running hash that `file.digest` is of: SHA-256, or git's SHA-1 of a blob."""
-    if file.sha256 is not None:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
 
 
 def boot_id() -> str | None:
@@ -52,6 +44,19 @@ def remove_part(target: Path) -> None:
     ledger = ledger_path(target)
     for path in (part_path(target), ledger, ledger.with_name(ledger.name + NEW_SUFFIX)):
         path.unlink(missing_ok=True)
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
+    """(first line, offset → hash); a torn last line, or anything else that is not ours, ends it."""
+    records: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                break
+            records.append(record)
+    marks = {record["size"]: record["hash"] for record in records[1:] if record.keys() == {"size", "hash"}}
+    return (records[0] if records else {}), marks
 
 
 class Part:
@@ -152,7 +157,7 @@ class Part:
 
     def _resume(self) -> None:
         """Hash what is there and keep what can be trusted."""
-        head, marks = self._read_ledger()
+        head, marks = read_ledger(self.ledger)
         if head.get("digest") != self.file.digest or head.get("bytes") != self.file.size:
             os.ftruncate(self._fd, 0)
             self._start_ledger()
@@ -179,18 +184,6 @@ class Part:
                     break
                 good = (self.size, self._hash.copy())
         self.on_bytes(self.size)
-
-    def _read_ledger(self) -> tuple[dict[str, Any], dict[int, str]]:
-        """(first line, offset → hash); a torn last line, or anything else that is not ours, ends it."""
-        records: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError):
-            for line in self.ledger.read_text().splitlines():
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    break
-                records.append(record)
-        marks = {record["size"]: record["hash"] for record in records[1:] if record.keys() == {"size", "hash"}}
-        return (records[0] if records else {}), marks
 
     def _start_ledger(self, marks: dict[int, str] | None = None) -> None:
         """Write the ledger afresh: what the part belongs to, and the marks that still hold."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from l4tool.core.atomic import write_errors
 from l4tool.core.errors import ChecksumError, L4Error, NetworkError
 from l4tool.hub.client import Hub, RemoteFile, Snapshot
-from l4tool.hub.part import READ_BYTES, Part, remove_part
+from l4tool.hub.manifest import READ_BYTES
+from l4tool.hub.part import Part, remove_part
 from l4tool.hub.transport import AGAIN, Answer, Retry, RetryPolicy, Stopped, as_int, check_status, retrying
 
 FLUSH_S = 0.2  # while bytes keep coming, they wait at most this long for being written

@@ -49,7 +49,7 @@ _META_LLAMA_4 = re.compile(r"meta-llama/llama-4(?![0-9])", re.IGNORECASE)
 
 def front_matter(text: str) -> dict[str, Any]:
     """The YAML block that a model card begins with; {} where there is none, or none that can be read."""
-    block = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+    block = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
     if block is None:
         return {}
     import yaml  # comes with huggingface-hub

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from l4tool.core import licence
+from l4tool.core.errors import CheckpointError
+from l4tool.hub.manifest import read_manifest
 
-MANIFEST = "l4tool-manifest.json"
 CARD = "README.md"
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -57,9 +57,13 @@ def read_origin(folder: Path, config: Mapping[str, Any] | None = None, source: s
 
 def _repo(folder: Path, config: Mapping[str, Any], source: str) -> tuple[str | None, str | None]:
     """(repository, commit), each None where nothing tells."""
-    manifest = _manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        manifest = None
     cached = _HUB_CACHE.search(os.path.abspath(folder))
-    found: list[tuple[Any, Any]] = [source.partition("@")[::2], (manifest.get("repo"), manifest.get("commit"))]
+    found: list[tuple[Any, Any]] = [source.partition("@")[::2]]
+    found += [(manifest.repo_id, manifest.commit)] if manifest else []
     found += [(f"{cached[1]}/{cached[2]}", cached[3])] if cached else []
     named = config.get("_name_or_path")
     found += [(named, None)] if isinstance(named, str) and not os.path.exists(named) else []  # a path is no repository
@@ -67,14 +71,6 @@ def _repo(folder: Path, config: Mapping[str, Any], source: str) -> tuple[str | N
         if isinstance(repo, str) and _REPO.fullmatch(repo):
             return repo, commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None
     return None, None
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _head(path: Path) -> str:

@@ -93,8 +93,8 @@ def is_llama(
 
 
 def is_licence_text(text: str) -> bool:
-    """True for the text of the Llama 4 licence itself."""
-    return bool(_LICENCE_TITLE.search(text[:4000]))
+    """True for a text that holds the Llama 4 licence."""
+    return bool(_LICENCE_TITLE.search(text))
 
 
 def gate_text(repo_id: str) -> str:

@@ -148,13 +148,15 @@ def pools(
     return split_memory(kv_bytes, full_bytes, bytes_per_block(text, "chunked", block_size, item_bytes), most, at_least)
 
 
-def fit(text: TextArch, weight_bytes: int, device_bytes: int = H100_USABLE_BYTES) -> Fit:
-    """Weights of `weight_bytes` on a device of `device_bytes`: what is left for a bfloat16 KV cache, and what it holds.
+def fit(
+    text: TextArch, weight_bytes: int, device_bytes: int = H100_USABLE_BYTES, item_bytes: int = KV_ITEM_BYTES
+) -> Fit:
+    """Weights of `weight_bytes` on a device of `device_bytes`: what is left for the KV cache, and what it holds.
 
     The model: CUDA context, weights, `device_kv_bytes` of what is then free.
     """
     free_bytes = device_bytes - CONTEXT_BYTES - weight_bytes
     kv = device_kv_bytes(free_bytes, step_bytes(text))
-    tokens = kv_tokens(text, kv, block_size=largest_block(text)) if kv else 0
+    tokens = kv_tokens(text, kv, item_bytes, largest_block(text)) if kv else 0
     kept_free = max(free_bytes, 0) - int(max(free_bytes, 0) * DEVICE_SHARE)
     return Fit(free_bytes > 0, CONTEXT_BYTES + step_bytes(text) + kept_free, kv, tokens)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from l4tool.core.atomic import write_errors, write_file
 from l4tool.core.errors import CheckpointError, ChecksumError, WriteError
 from l4tool.core.placeholder import write_placeholder
+from l4tool.hub.selection import path_problem
 
 if TYPE_CHECKING:
     from l4tool.hub.client import Hub, RemoteFile, Snapshot
@@ -137,7 +138,7 @@ def _shards(snapshot: Snapshot, files: dict[str, RemoteFile], folder: Path) -> l
 
 def _plain_name(path: str) -> bool:
     """A visible file of the repository's top folder, under a name that stays in the folder it is written to."""
-    return re.fullmatch(r"[^./\\\0][^/\\\0]*", path) is not None
+    return "/" not in path and not path.startswith(".") and path_problem(path) is None
 
 
 def _copy(hub: Hub, snapshot: Snapshot, file: RemoteFile, folder: Path) -> None:

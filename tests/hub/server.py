@@ -103,7 +103,7 @@ class HubServer:
         listener.hub = self
         if send_buffer_bytes:  # accepted connections inherit it
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-        threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return listener
 
     def _address(self, name: str) -> str:

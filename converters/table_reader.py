@@ -90,6 +90,10 @@ class TableReader:
         """The shards, sorted by name."""
         return sorted(self.folder.files)
 
+    def forget(self, file: Path) -> None:
+        """Let go of a weight file's map: deleted, its disk space is free as soon as nobody holds a view of it."""
+        self.folder.files[file].close()
+
     def close(self) -> None:
         self.folder.close()
 

@@ -11,6 +11,7 @@ from converters.reader import Reader
 from l4tool.core.console import table
 from l4tool.core.sizes import format_bytes, format_duration
 from quant import memory
+from quant.journal import Journal
 from quant.plan import Budget, Plan
 from quant.schemes import Recipe
 
@@ -21,7 +22,7 @@ def build(
     reader: Reader,
     recipe: Recipe,
     plan: Plan,
-    shards: dict[str, dict[str, Any]],
+    log: Journal,
     job: dict[str, Any],
     seconds: float,
     resumed: bool,
@@ -33,7 +34,8 @@ def build(
     bfloat16; `sqnr_db` = -20 log10 of it.
     """
     kinds = {item.info.name: item.encoder.kind for items in plan.items for item in items}
-    sums = {name: pair for shard in plan.shards for name, pair in shards[shard.file_name]["tensors"].items()}
+    entries = {name: entry for shard in plan.shards for name, entry in log.tensors[shard.file_name].items()}
+    sums = {name: entry["sums"] for name, entry in entries.items() if entry["sums"] is not None}
     tensors = {name: {"kind": kinds[name], **_errors(*sums[name])} for name in kinds if name in sums}
     errors = [_relative(*pair) for pair in sums.values()]
     total_error, total_square = math.fsum(p[0] for p in sums.values()), math.fsum(p[1] for p in sums.values())
@@ -57,7 +59,7 @@ def build(
             "left_for_kv_bytes": fit.kv_bytes,
             "kv_tokens": fit.kv_tokens,
         },
-        "output": {name: {"size": shards[name]["size"], "digest": shards[name]["digest"]} for name in sorted(shards)},
+        "output": {name: {"size": s["size"], "digest": s["digest"]} for name, s in sorted(log.shards.items())},
         "tensors": tensors,
         "run": {"command": command, "seconds": round(seconds, 3), "resumed": resumed},
     }

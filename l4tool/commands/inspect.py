@@ -71,11 +71,8 @@ def render(facts: dict[str, Any], tensors: bool, shards: bool, wanted: str | Non
         parts.append(table(rows, header=("class", "tensors", "stored as", "size")))
     parts.append(_tensor_table(facts, tensors))
     if shards and facts["shards"]:
-        rows = [
-            (s["file"], "-" if s["tensors"] is None else s["tensors"], format_bytes(s["bytes"]))
-            for s in facts["shards"]
-        ]
-        parts.append(table(rows, header=("file", "tensors", "size")))
+        files = [(s["file"], s["tensors"] or "-", format_bytes(s["bytes"])) for s in facts["shards"]]
+        parts.append(table(files, header=("file", "tensors", "size")))
     if wanted is not None and not facts["tensors"]:
         parts.append(f"no tensor's name fits {wanted}")
     return "\n\n".join(part for part in parts if part)

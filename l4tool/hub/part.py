@@ -59,6 +59,15 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
     return (records[0] if records else {}), marks
 
 
+def part_bytes(target: Path, file: RemoteFile) -> int:
+    """How much of `file` an earlier run has left beside `target`."""
+    if read_ledger(ledger_path(target))[0].get("digest") != file.digest:
+        return 0
+    with contextlib.suppress(OSError):
+        return min(part_path(target).stat().st_size, file.size)
+    return 0
+
+
 class Part:
     """The open part of one file: append with `write`, and `finish` when `size` has reached the file's."""
 

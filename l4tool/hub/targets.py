@@ -34,6 +34,9 @@ class Target(Protocol):
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         """Keep other fetches of the same target out. Raises LockHeld."""
 
+    def reload(self) -> None:
+        """Read again what is known about the files: another run may have gone by."""
+
     def state(self, file: RemoteFile) -> State: ...
 
     def place(self, file: RemoteFile) -> Path:
@@ -43,13 +46,16 @@ class Target(Protocol):
         """Held while the file is downloaded, against other programs."""
 
     def done(self, file: RemoteFile) -> None:
-        """The bytes at `place` are right: remember it, and show the file in `folder`."""
+        """The bytes at `place` are right: remember it, and `show` the file."""
+
+    def show(self, file: RemoteFile) -> None:
+        """The file is to be seen in `folder`."""
 
     def sweep(self, snapshot: Snapshot) -> None:
         """Remove what killed runs have left and no file of the snapshot can use."""
 
-    def begin(self, kept: Iterable[RemoteFile]) -> None:
-        """Files are about to change: the folder is no longer complete. `kept` need not be checked again."""
+    def begin(self, kept: Iterable[RemoteFile], wrong: Iterable[RemoteFile]) -> None:
+        """Files are about to change: the folder is no longer complete. `kept` are right, `wrong` must not be used."""
 
     def finish(self, spec_revision: str | None) -> None:
         """Every file is there."""
@@ -61,8 +67,8 @@ class FolderTarget:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ledger = folder / STATE / "done.jsonl"
-        self._known = self._read_known()
         self._mutex = threading.Lock()
+        self.reload()
 
     def prepare(self) -> None:
         with write_errors(self.folder):
@@ -70,6 +76,17 @@ class FolderTarget:
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         return output_lock(self.folder, wait)
+
+    def reload(self) -> None:
+        """The files of the manifest, then those of an unfinished run."""
+        self._known: dict[str, Entry] = {}
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(self.folder)
+            self._known.update(manifest.files if manifest is not None else {})
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for line in self._ledger.read_text().splitlines():
+                record = json.loads(line)
+                self._known[record.pop("path")] = Entry(**record)
 
     def state(self, file: RemoteFile) -> State:
         path, known = self.place(file), self._known.get(file.path)
@@ -101,12 +118,20 @@ class FolderTarget:
             with open(self._ledger, "a") as ledger:
                 ledger.write(json.dumps({"path": file.path, **entry.as_json()}) + "\n")
 
+    def show(self, file: RemoteFile) -> None:
+        """It lies where it is seen."""
+
     def sweep(self, snapshot: Snapshot) -> None:
         sweep_parts(self.folder, snapshot)
 
-    def begin(self, kept: Iterable[RemoteFile]) -> None:
+    def begin(self, kept: Iterable[RemoteFile], wrong: Iterable[RemoteFile]) -> None:
+        """The ledger takes over what the manifest knew, without the wrong ones."""
+        with write_errors(self._ledger):
+            self._ledger.unlink(missing_ok=True)
         for file in kept:
             self.done(file)
+        for file in wrong:
+            self._known.pop(file.path, None)
         with write_errors(self.folder / MANIFEST):
             (self.folder / MANIFEST).unlink(missing_ok=True)
 
@@ -114,18 +139,6 @@ class FolderTarget:
         with contextlib.suppress(OSError):
             self._ledger.unlink(missing_ok=True)
             self._ledger.parent.rmdir()
-
-    def _read_known(self) -> dict[str, Entry]:
-        """Files that were checked: those of the manifest, then those of an unfinished run."""
-        known: dict[str, Entry] = {}
-        with contextlib.suppress(CheckpointError):
-            manifest = read_manifest(self.folder)
-            known.update(manifest.files if manifest is not None else {})
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            for line in self._ledger.read_text().splitlines():
-                record = json.loads(line)
-                known[record.pop("path")] = Entry(**record)
-        return known
 
 
 class CacheTarget:
@@ -136,6 +149,9 @@ class CacheTarget:
         self.commit = snapshot.commit
         self.folder = self.root / "snapshots" / snapshot.commit
         self._locks = self.root.parent / ".locks" / self.root.name
+        self.reload()
+
+    def reload(self) -> None:
         self._known: Manifest | None = None
         with contextlib.suppress(CheckpointError):
             self._known = read_manifest(self.folder)
@@ -170,6 +186,10 @@ class CacheTarget:
             yield
 
     def done(self, file: RemoteFile) -> None:
+        """The blob's name says that it is right."""
+        self.show(file)
+
+    def show(self, file: RemoteFile) -> None:
         link, blob = self.folder / file.path, self.place(file)
         relative = os.path.relpath(blob, link.parent)
         with write_errors(link):
@@ -185,7 +205,10 @@ class CacheTarget:
     def sweep(self, snapshot: Snapshot) -> None:
         sweep_parts(self.root / "blobs", snapshot)
 
-    def begin(self, kept: Iterable[RemoteFile]) -> None:
+    def begin(self, kept: Iterable[RemoteFile], wrong: Iterable[RemoteFile]) -> None:
+        for file in wrong:
+            with write_errors(self.place(file)):
+                self.place(file).unlink(missing_ok=True)
         with write_errors(self.folder / MANIFEST):
             (self.folder / MANIFEST).unlink(missing_ok=True)
 

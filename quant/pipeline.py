@@ -16,6 +16,7 @@ from l4tool.core.atomic import write_errors, write_file
 from l4tool.core.console import note
 from l4tool.core.lock import output_lock
 from quant import checks, journal, report
+from quant.card import SideFiles
 from quant.plan import Budget, Plan, build_plan, make_budget
 from quant.resume import take_up
 from quant.schemes import Recipe, quantization_config
@@ -33,6 +34,8 @@ class Options:
     force: bool = False
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     command: str = ""
+    licence: Path | None = None  # the licence's text, where the source does not hold it
+    source: str = ""  # "org/name@commit", where the reader's folder does not say it
 
 
 def quantize(reader: Reader, out: Path, recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -70,11 +73,13 @@ def run(
 ) -> dict[str, Any]:
     """`quantize` in a folder that is held. Raises what `supply` raises, too."""
     job = journal.fingerprint(recipe, options.device, options.max_shard_bytes, supply.describe(reader))
-    job["files"] = _output_files(reader, plan, recipe)
+    side = SideFiles(reader, options.licence, options.source)
+    job["files"] = _output_files(side, plan, recipe)
     done = checks.begin(out, job, options.force)
     if done is not None:
         note(f"{out} is already complete: the same source and options, nothing to do")
-        return done
+        return side.add_licence(out, recipe, plan, done | {"job": job}) if options.licence else done
+    side.tell(out, recipe)
     before = take_up(out, plan, journal.read_journal(out))
     checks.disk_space(out, plan, before.shards)
     log = journal.Journal(out, job, before)
@@ -95,14 +100,15 @@ def prepare(reader: Reader, out: Path | None, recipe: Recipe, options: Options) 
     checks.device_usable(options.device)
     if out is not None:
         checks.paths_apart(reader.path, out)
+    SideFiles(reader, options.licence)  # a licence file that cannot be used shows now
     plan = build_plan(reader, recipe, options.device, options.max_shard_bytes)
     return plan, make_budget(plan, options.memory_bytes, options.jobs)
 
 
-def _output_files(reader: Reader, plan: Plan, recipe: Recipe) -> list[str]:
+def _output_files(side: SideFiles, plan: Plan, recipe: Recipe) -> list[str]:
     """What a run creates besides config.json, index, report and journal: `--force` may delete exactly that."""
     extra = ["quantization_map.json"] if recipe.format == "quanto" else []
-    return [s.file_name for s in plan.shards] + [path.name for path in reader.side_files()] + extra
+    return [s.file_name for s in plan.shards] + side.names + extra
 
 
 def _complete(
@@ -117,8 +123,6 @@ def _complete(
     options: Options,
 ) -> dict[str, Any]:
     """Everything beside the shards; the index and config.json last, then the journal goes."""
-    for path in reader.side_files():
-        write_file(out / path.name, path.read_bytes())
     config = dict(reader.config)
     if recipe.format == "quanto":
         from quant.quanto import quantization_map
@@ -127,6 +131,7 @@ def _complete(
     else:
         config["quantization_config"] = quantization_config(recipe)
     result = report.build(reader, recipe, plan, log, job, seconds, resumed, options.command)
+    SideFiles(reader, options.licence, options.source).write(out, recipe, plan, result)
     write_file(out / journal.REPORT, json.dumps(result, indent=2) + "\n")
     write_index(out, plan.shards)
     write_file(out / "config.json", json.dumps(config, indent=2) + "\n")

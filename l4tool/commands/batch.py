@@ -35,7 +35,7 @@ class _Size(click.ParamType):
 @click.command("batch", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("input", type=_PATH, metavar="IN.jsonl")
 @click.argument("output", type=_PATH, metavar="OUT.jsonl")
-@click.option("--model", type=_PATH, required=True, metavar="DIR", help="Checkpoint folder, quantized or not.")
+@click.option("--model", required=True, help="Checkpoint folder, quantized or not; or a fetched repository's name.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling; 1 is off.")
@@ -62,7 +62,9 @@ def command(**options: Any) -> int:
     from batch.generation import SamplingOptions
     from batch.job import BatchOptions, run_batch
     from l4tool.core.console import note
+    from l4tool.hub.local import require_local
 
+    options["model"] = require_local(options["model"])
     if any(not text for text in options["stop"]):
         raise click.BadParameter("an empty text would stop everything", param_hint="--stop")
     sampling = SamplingOptions(

@@ -47,7 +47,8 @@ class Fitting:
     """One answer. Bytes and blocks are those of each GPU.
 
     `sequences`: how many of the demanded length the engine's two pools hold at once; `sequences_by_memory`: how many
-    the same bytes would hold if the pools were divided for exactly this length.
+    the same bytes would hold if the pools were divided for exactly this length; both at most the number that the
+    engine runs at once (256, or the concurrency asked for).
     `obstacle`: why the model cannot be split over so many GPUs, or None.
     """
 
@@ -107,7 +108,7 @@ def fit_on(arch: Arch, model: Weights, hardware: Hardware, demand: Demand) -> Fi
     need = memory.blocks_for(text, demand.context_tokens, block)
     seqs = max(memory.DEFAULT_MAX_SEQS, demand.concurrency)
     pools = memory.pools(text, room.kv_bytes, block, item_bytes, seqs, need) if room.kv_bytes else None
-    held = min(pools.full // need.full, pools.chunked // need.chunked) if pools else 0
+    held = min(pools.full // need.full, pools.chunked // need.chunked, seqs) if pools else 0
     each_bytes = memory.blocks_bytes(text, need, block, item_bytes)
     obstacle = cannot_split(arch.text, count)
     return Fitting(
@@ -121,7 +122,7 @@ def fit_on(arch: Arch, model: Weights, hardware: Hardware, demand: Demand) -> Fi
         chunked_blocks=pools.chunked if pools else 0,
         longest_tokens=room.kv_tokens,
         sequences=held,
-        sequences_by_memory=room.kv_bytes // each_bytes,
+        sequences_by_memory=min(room.kv_bytes // each_bytes, seqs),
         weights_fit=room.weights_fit,
         fits=obstacle is None and held >= demand.concurrency,
     )

@@ -6,14 +6,15 @@ from typing import Any
 
 from l4tool.core.console import table
 from l4tool.core.sizes import format_bytes, format_duration
-from quant.memory import CONTEXT_BYTES, DEFAULT_MAX_BATCH_TOKENS
 from quant.outlook import STORED, Making, Outlook, Question
+
+MOST_NAMED = 4  # ways out in one line; JSON has them all
 
 
 def render(model: dict[str, Any], outlooks: list[Outlook], question: Question) -> str:
     """Everything, ready for stdout."""
     title = (
-        f"{model['name']}: {model['parameters'] / 1e9:,.1f} B parameters, {model['layers']} layers, "
+        f"{model['name']}: {_count(model['parameters'])} parameters, {model['layers']} layers, "
         f"{model['experts']} experts, {model['dtype']}, context {model['context_tokens']:,}"
     )
     names = _names(model)
@@ -29,12 +30,16 @@ def verdicts(outlooks: list[Outlook], names: dict[str, str], question: Question)
         if outlook.fitting.fits:
             lines.append(f"{name} fits {question.hardware}.")
             continue
-        others = [str(other) for other in outlook.would_fit]
+        others = [str(other) for other in outlook.would_fit[:MOST_NAMED]]
         instead = f"It fits {', '.join(others)}." if others else "No GPU of the table is large enough in this number."
         if outlook.schemes_that_fit:
             instead += f" On {question.hardware}: {' or '.join(names[scheme] for scheme in outlook.schemes_that_fit)}."
         lines.append(f"{name} does not fit {question.hardware}: {_reason(outlook, question)}. {instead}")
     return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.1f} B" if number >= 10**9 else f"{number / 1e6:,.1f} M"
 
 
 def _names(model: dict[str, Any]) -> dict[str, str]:
@@ -106,14 +111,13 @@ def _gpu_rows(outlook: Outlook, question: Question) -> list[tuple[str, str]]:
     fitting, demand = outlook.fitting, question.demand
     rows = [
         ("weights", format_bytes(fitting.weight_bytes)),
-        (f"reserved: {format_bytes(CONTEXT_BYTES)} context, steps of {DEFAULT_MAX_BATCH_TOKENS} tokens, fragments",
-         format_bytes(fitting.reserved_bytes)),
-    ]  # fmt: skip
+        ("reserved: CUDA context, activations, fragments", format_bytes(fitting.reserved_bytes)),
+    ]
     if not fitting.weights_fit or not fitting.kv_bytes:
         return rows
     at_once = f"{fitting.sequences:,}"
     if fitting.sequences_by_memory > fitting.sequences:
-        at_once += f" (pools divided for this length: {fitting.sequences_by_memory:,})"
+        at_once += f" (of {fitting.sequences_by_memory:,} if divided for it)"
     return [
         *rows,
         ("KV cache", format_bytes(fitting.kv_bytes)),

@@ -33,7 +33,8 @@ def inspect(found: Survey, stored_names: bool = False, wanted: str | None = None
     """Every fact about a surveyed checkpoint.
 
     `stored_names`: tensors as the files call and shape them, instead of canonically (one 2-D [out, in] tensor per
-    Linear, experts apart); also where a tensor is not as it must be. `wanted`: a glob or /regex/ that narrows `tensors`. Raises UsageError for a bad one.
+    Linear, experts apart); also where a tensor is not as it must be. `wanted`: a glob or /regex/ that narrows
+    `tensors`. Raises UsageError for a bad one.
     """
     matches = matcher(wanted)
     faulty = any(finding.is_error and finding.tensor for finding in found.findings)
@@ -46,6 +47,7 @@ def inspect(found: Survey, stored_names: bool = False, wanted: str | None = None
         "bytes": sum(path.stat().st_size for path in _weight_files(found)),
         "architecture": None if found.arch is None else architecture(found.arch),
         "parameters": None if found.arch is None else parameters(found.arch),
+        "params": found.config if found.layout == META else None,
         "quantization": _quantization(found),
         "tokenizer": tokenizer_facts(found.path),
         "licence": licence_facts(found.path),
@@ -58,7 +60,7 @@ def inspect(found: Survey, stored_names: bool = False, wanted: str | None = None
 
 
 def matcher(wanted: str | None) -> Callable[[str], bool]:
-    """'*.q_proj.*' (a glob over the whole name; a plain word is searched for) or '/regex/' → predicate. UsageError."""
+    """'layers.0.*q_proj' (a glob, found anywhere in the name) or '/regex/' (the same) → predicate. UsageError."""
     if wanted is None:
         return lambda name: True
     if len(wanted) > 1 and wanted.startswith("/") and wanted.endswith("/"):
@@ -67,8 +69,7 @@ def matcher(wanted: str | None) -> Callable[[str], bool]:
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(f"--filter {wanted} is not a regular expression: {error}") from error
         return lambda name: pattern.search(name) is not None
-    glob = wanted if any(char in wanted for char in "*?[") else f"*{wanted}*"
-    return lambda name: fnmatch.fnmatchcase(name, glob)
+    return lambda name: fnmatch.fnmatchcase(name, f"*{wanted}*")
 
 
 def architecture(arch: Arch) -> dict[str, Any]:

@@ -32,6 +32,7 @@ JOURNAL = "l4tool-journal.jsonl"
 @dataclass(frozen=True)
 class Survey:
     """`reader` where config.json and its quantization can be read; `arch` and `shards` as far as each alone can be.
+    `config` is config.json, in Meta's layout params.json.
 
     `findings`: everything that is wrong with config, files, names, shapes and dtypes.
     """
@@ -58,7 +59,7 @@ def survey(path: Path) -> Survey:
     noted = Collector()
     config, arch = _config(path, noted)
     if is_meta(path) and not config:
-        return Survey(path, META, None, {}, None, None, [])
+        return Survey(path, META, None, _params(path), None, None, [])
     if (path / "quantization_map.json").exists():
         return Survey(path, QUANTO, arch, config, Shards(path, noted), None, noted.findings)
     reader = _open(path, noted) if arch is not None else None
@@ -71,6 +72,13 @@ def survey(path: Path) -> Survey:
 def is_meta(path: Path) -> bool:
     """Meta's own layout: params.json and pickled tensor-parallel shards."""
     return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
+
+
+def _params(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path / "params.json")
+    except L4Error:
+        return {}
 
 
 def _config(path: Path, noted: Collector) -> tuple[dict[str, Any], Arch | None]:

@@ -34,7 +34,7 @@ AGAIN = "fetch or quantize it again"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was looked at and what was found. `hashed`: source of the digests → files that match it.
+    """What was looked at and what was found. `hashed`: source of the digests → (files that match, files it knows).
 
     `finite_tensors`: float tensors without NaN and Inf. `seconds` includes everything; `read_bytes` is what was read
     from the checkpoint itself.
@@ -44,7 +44,7 @@ class Outcome:
     layout: str
     weight_files: int
     weight_bytes: int
-    hashed: dict[str, int]
+    hashed: dict[str, tuple[int, int]]
     names_checked: bool
     tensors: int
     float_tensors: int
@@ -156,9 +156,9 @@ def _job(path: Path, file: SafetensorsFile | None, proof: Proof | None, noted: C
     return FileJob(path, size, tensors, proof.start(size, file))
 
 
-def _judge_digests(jobs: Sequence[FileJob], proofs: dict[Path, Proof], noted: Collector) -> dict[str, int]:
-    """Source of the digests → how many files are what it says."""
-    hashed: dict[str, int] = {}
+def _judge_digests(jobs: Sequence[FileJob], proofs: dict[Path, Proof], noted: Collector) -> dict[str, tuple[int, int]]:
+    """Source of the digests → how many files are what it says, and how many it knows."""
+    matching = dict.fromkeys((proof.source for proof in proofs.values()), 0)
     for job in jobs:
         if job.error is not None:
             what = f"cannot read {job.path}: {job.error.strerror or job.error}"
@@ -166,11 +166,12 @@ def _judge_digests(jobs: Sequence[FileJob], proofs: dict[Path, Proof], noted: Co
         elif job.digest is not None:
             proof = proofs[job.path]
             if job.digest.hexdigest() == proof.digest:
-                hashed[proof.source] = hashed.get(proof.source, 0) + 1
+                matching[proof.source] += 1
             else:
                 what = f"{job.path} is not what {proof.source} says: its bytes have changed"
                 noted.add(Finding("checksum", what, job.path.name, None, EXIT_CHECKSUM, AGAIN))
-    return hashed
+    known = [proof.source for proof in proofs.values()]
+    return {source: (number, known.count(source)) for source, number in matching.items()}
 
 
 def _judge_values(jobs: Sequence[FileJob], noted: Collector) -> int:
@@ -224,7 +225,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "exit_code": outcome.exit_code,
         "layout": outcome.layout,
         "weights": {"files": outcome.weight_files, "bytes": outcome.weight_bytes, "tensors": outcome.tensors},
-        "hashed_files": outcome.hashed,
+        "hashes": {source: {"match": match, "files": files} for source, (match, files) in outcome.hashed.items()},
         "names_checked": outcome.names_checked,
         "float_tensors": outcome.float_tensors,
         "finite_tensors": outcome.finite_tensors,

@@ -13,9 +13,7 @@ import click
 @click.argument("model", metavar="DIR|REPO")
 @click.option("--tensors", is_flag=True, help="List every tensor, not one line for each kind.")
 @click.option("--shards", is_flag=True, help="List every weight file.")
-@click.option(
-    "--filter", "wanted", metavar="GLOB|/REGEX/", help="Only tensors with such names; a plain word also does."
-)
+@click.option("--filter", "wanted", metavar="GLOB|/REGEX/", help="Only tensors with this in their names.")
 @click.option("--stored", is_flag=True, help="Tensors as the files name and shape them, instead of one per Linear.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def command(model: str, tensors: bool, shards: bool, wanted: str | None, stored: bool, as_json: bool) -> int:
@@ -104,7 +102,11 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
         files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
         rows.append(("weights", f"{format_bytes(facts['bytes'])} in {files}{span}"))
     rows += _architecture(facts)
-    rows += _quantization(facts["quantization"])
+    if facts["params"] is not None:
+        scalars = {key: value for key, value in facts["params"].items() if not isinstance(value, dict | list)}
+        rows.append(("params.json", ", ".join(f"{key} {value}" for key, value in scalars.items())))
+    elif facts["architecture"] is not None or facts["quantization"] is not None:
+        rows += _quantization(facts["quantization"])
     rows += _beside(facts)
     width = max(len(name) for name, _ in rows)
     return [(f"{name:<{width}}  {text}",) for name, text in rows]  # type: ignore[misc]  # text lines up on the left

@@ -120,14 +120,16 @@ def _verdict(outcome: Outcome) -> str:
 
 def _checked(outcome: Outcome) -> str:
     """One line for each stage: what it covered."""
-    from converters.survey import LAYOUTS
+    from converters.survey import LAYOUTS, UNKNOWN
     from l4tool.core.sizes import format_bytes, format_duration
 
-    hashes = [f"{n} file{'s match' if n > 1 else ' matches'} {source}" for source, n in outcome.hashed.items()]
+    hashes = [f"{match} of {files} files as {source} says" for source, (match, files) in outcome.hashed.items()]
+    readable = outcome.layout != UNKNOWN
+    why = f"l4tool has no name table of {LAYOUTS[outcome.layout]}" if readable else "config.json cannot be used"
     rows = [
         ("hashes", ", ".join(hashes) or "nothing to check them against (no manifest, report or cache)"),
         ("names, shapes", f"{outcome.tensors:,} tensors against config.json" if outcome.names_checked
-                          else f"not checked: {LAYOUTS[outcome.layout]}"),
+                          else f"not checked: {why}"),
         ("values", f"{outcome.finite_tensors:,} of {outcome.float_tensors:,} float tensors finite"),
     ]  # fmt: skip
     if outcome.compared is not None:

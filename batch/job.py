@@ -16,17 +16,18 @@ from batch.backends.base import Backend
 from batch.chat import ChatFormat, find_template
 from batch.generation import SamplingDefaults, SamplingOptions
 from batch.images import TileSpec
-from batch.jsonl import MAX_LINE_BYTES, LineReader, RawLine, count_lines, dump_line
 from batch.journal import NO_KEY
+from batch.jsonl import MAX_LINE_BYTES, LineReader, RawLine, count_lines, dump_line
 from batch.line_keys import LineKeys, id_key
 from batch.prepare import LineInfo, LinePreparer, PreparingSource
 from batch.requests import GenerationResult, PreparedRequest
 from batch.responses import ResponseWriter
 from batch.schema import LineError
 from batch.state import RunState, StateOptions
-from batch.summary import MaxErrors, Summary, engine_stats, model_fingerprint
+from batch.summary import MaxErrors, Summary, engine_stats, license_duty, model_fingerprint
 from batch.tokenizer import Tokenizer, read_json_object
 from converters.detect import open_checkpoint
+from converters.origin import read_origin
 from l4tool.core.arch import Arch
 from l4tool.core.console import Progress, note
 from l4tool.core.errors import CheckpointError, InputMissing, L4Error, UsageError, WriteError
@@ -137,7 +138,8 @@ def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backen
         state = RunState(options.output, options.errors, job_facts(options, front, fingerprint), options.state)
         stack.callback(state.close)
         stop = stack.enter_context(GracefulStop(options.grace_s))
-        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint, state.totals)
+        duty = license_duty(read_origin(options.model, read_json_object(options.model / "config.json")))
+        summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint, duty, state.totals)
         try:
             _answer(options, front, source, state, summary, stop, make_backend)
         except BaseException:

@@ -192,8 +192,9 @@ class RunState:
     def meet(self, lines: Iterable[RawLine], keys: LineKeys) -> int:
         """Look at a whole input beforehand, so that a changed line can be told from a repeated id; counts lines."""
         count = 0
-        for count, raw in enumerate(lines, 1):
+        for raw in lines:
             self._find(keys.key(raw), raw.number)
+            count += 1
         return count
 
     def wanted(self, lines: Iterable[RawLine], keys: LineKeys) -> Iterator[tuple[RawLine, bytes]]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from batch.state import Totals
+from converters.origin import Origin
 from l4tool import __version__
+from l4tool.core import licence
 from l4tool.core.atomic import write_file
 from l4tool.core.console import table
 from l4tool.core.errors import EXIT_ERROR_LINES, L4Error, UsageError
@@ -72,7 +74,8 @@ class Summary:
     output: str
     model: str
     fingerprint: str
-    totals: Totals
+    license: dict[str, str] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
     lines: int = 0
     blank_lines: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
@@ -135,6 +138,7 @@ class Summary:
             "output": self.output,
             "model": self.model,
             "model_fingerprint": self.fingerprint,
+            "license": self.license,
             "complete": self.is_complete,
             "lines": self.lines,
             "lines_by_earlier_runs": self._before["lines_done"],
@@ -158,6 +162,14 @@ class Summary:
     def save(self, path: Path) -> None:
         """Write the JSON, whole or not at all. Raises WriteError."""
         write_file(path, json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def license_duty(origin: Origin) -> dict[str, str]:
+    """What the model's licence asks of whoever passes these answers on; Llama 4's has a duty for trained models."""
+    named = {"model": origin.repo or origin.name, "name": origin.licence_name}
+    if not origin.is_llama:
+        return named
+    return named | {"url": licence.LICENCE_URL, "notice": licence.NOTICE, "duty": licence.OUTPUTS_DUTY}
 
 
 def engine_stats(backend: object) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from converters import quant_config
+from converters.findings import Finding
 from converters.folder import CheckpointFolder
 from converters.names import COMPRESSED, Part, Row, is_linear
 from converters.quant_config import LinearFormat, QuantizationSpec, parse_quantization
 from converters.table_reader import TableReader
 from l4tool.core.errors import CheckpointError
+from l4tool.core.placeholder import is_placeholder
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE_DTYPES = (torch.int64, torch.int32)
@@ -89,11 +91,18 @@ def _quantized_rows(
 
 def _check_shapes(reader: TableReader, formats: dict[str, LinearFormat]) -> None:
     """`weight_shape` is data, not header: it must say what the packed tensor's own shape implies."""
+    absent = {path for path in reader.weight_files() if is_placeholder(path)}
     for prefix, scheme in formats.items():
         if scheme.kind != "int4":
             continue
-        info = reader.tensors()[f"{prefix}.weight_packed"]
+        info = reader.tensors().get(f"{prefix}.weight_packed")
+        if info is None or f"{prefix}.weight_shape" not in reader.tensors():
+            continue  # reported as missing
+        if reader.tensors()[f"{prefix}.weight_shape"].file in absent:
+            continue  # a header only
         wanted = [info.shape[0], info.shape[1] * PACK_FACTOR]
         found = reader.read(f"{prefix}.weight_shape").tolist()
         if found != wanted:
-            raise CheckpointError(f"{info.file}: tensor '{prefix}.weight_shape' says {found}, it must say {wanted}")
+            message = f"{info.file}: tensor '{prefix}.weight_shape' says {found}, it must say {wanted}"
+            name = reader.stored_name(f"{prefix}.weight_shape")
+            reader.folder.report(CheckpointError(message), [Finding("shape", message, info.file.name, name)])

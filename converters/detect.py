@@ -6,19 +6,20 @@ import re
 from pathlib import Path
 
 from converters.compressed import open_compressed
+from converters.findings import Report, raise_first
 from converters.folder import CheckpointFolder
 from converters.names import MULTIMODAL_HF, PER_EXPERT, TEXT_HF, canonical_rows, hf_rows
-from converters.reader import Reader
 from converters.table_reader import TableReader
 from l4tool.core.errors import CheckpointError
 
 PER_EXPERT_NAME = re.compile(r"\.experts\.\d+\.")
 
 
-def open_checkpoint(path: str | Path) -> Reader:
+def open_checkpoint(path: str | Path, report: Report = raise_first) -> TableReader:
     """Open a checkpoint folder: headers only, every name, shape, dtype and file size checked.
 
-    Raises InputMissing (no folder, file or shard) or CheckpointError (anything wrong in it).
+    Raises InputMissing (no folder, file or shard) or CheckpointError (anything wrong in it). A `report` that does not
+    raise gets everything that is wrong with files, names, shapes and dtypes; what is sound is then read.
     """
     path = Path(path)
     if (path / "quantization_map.json").exists():
@@ -26,7 +27,7 @@ def open_checkpoint(path: str | Path) -> Reader:
             f"{path} is in optimum-quanto's format (quantization_map.json), which this command cannot read",
             hint="load it with optimum.quanto.requantize, or quantize the original again with --int4 or --fp8",
         )
-    folder = CheckpointFolder(path)
+    folder = CheckpointFolder(path, report)
     fused = _is_fused(folder)
     rows = hf_rows(folder.arch) if fused else canonical_rows(folder.arch)
     if folder.quantization is not None:

@@ -19,6 +19,7 @@ import torch
 
 from converters.fields import parse_json
 from l4tool.core.errors import CheckpointError, InputMissing
+from l4tool.core.placeholder import is_placeholder
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES: dict[str, torch.dtype] = {
@@ -95,6 +96,11 @@ class SafetensorsFile:
     def _mapped(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
+                if is_placeholder(self.path):
+                    raise InputMissing(
+                        f"{self.path} holds a header only, its weights are not here",
+                        hint="download the checkpoint first: l4tool fetch",
+                    )
                 try:
                     with open(self.path, "rb") as file:
                         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

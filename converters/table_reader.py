@@ -22,7 +22,8 @@ class TableReader:
     """Reads a folder through `rows`. See `converters.reader.Reader` for the contract; safe for several threads.
 
     `dtypes`: stored name → the dtypes it may have, where that is not the config's dtype. `formats`: canonical Linear
-    name (without `.weight`) → how it is stored, for the quantized ones.
+    name (without `.weight`) → how it is stored, for the quantized ones. Where the folder's `report` goes on after a
+    fault, the tensors that are not as they must be are left out.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class TableReader:
         self._formats = dict(formats or {})
         plain, dtypes = (self.dtype,), dtypes or {}
         expected = {row.stored: (row.shape, dtypes.get(row.stored, plain)) for row in rows}
-        folder.check(expected, {row.stored for row in rows if not row.required})
-        self._where: dict[str, tuple[str, Part]] = {part.name: (row.stored, part) for row in rows for part in row.parts}
+        sound = folder.check(expected, {row.stored for row in rows if not row.required})
+        self._where: dict[str, tuple[str, Part]] = {
+            part.name: (row.stored, part) for row in rows if row.stored in sound for part in row.parts
+        }
         self._infos = {name: self._info(stored, part) for name, (stored, part) in self._where.items()}
 
     def _info(self, stored_name: str, part: Part) -> TensorInfo:
@@ -75,6 +78,10 @@ class TableReader:
         """How the Linear `prefix` (canonical, without `.weight`) is stored; None where it is not quantized."""
         return self._formats.get(prefix)
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls the tensor that holds the canonical one. KeyError if unknown."""
+        return self._find(name)[0]
+
     def side_files(self) -> list[Path]:
         """Files to copy beside derived weights: tokenizer, chat template, processor and generation config, licence."""
         return self.folder.side_files()
@@ -82,6 +89,10 @@ class TableReader:
     def weight_files(self) -> list[Path]:
         """The shards, sorted by name."""
         return sorted(self.folder.files)
+
+    def forget(self, file: Path) -> None:
+        """Let go of a weight file's map: deleted, its disk space is free as soon as nobody holds a view of it."""
+        self.folder.files[file].close()
 
     def close(self) -> None:
         self.folder.close()

@@ -109,9 +109,9 @@ def _plan(file_name: str, group: list[TensorSpec]) -> ShardPlan:
     return ShardPlan(file_name, tuple(ordered), header, {name: len(header) + at for name, at in offsets.items()})
 
 
-def exists(folder: Path, plan: ShardPlan) -> bool:
-    """True when the finished shard of this very plan is there: same size, same header."""
-    path = folder / plan.file_name
+def exists(folder: Path, plan: ShardPlan, path: Path | None = None) -> bool:
+    """True when a file of this very plan is there: same size, same header. `path`: not the finished one but this."""
+    path = path or folder / plan.file_name
     try:
         if path.stat().st_size != plan.nbytes:
             return False

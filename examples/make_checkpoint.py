@@ -68,6 +68,15 @@ CHAT_TEMPLATE = r"""{{- bos_token }}
 {{- '<|header_start|>assistant<|header_end|>\n\n' }}
 {%- endif %}
 """
+CARD = """\
+---
+license: apache-2.0
+---
+
+# A random checkpoint
+
+Made by examples/make_checkpoint.py: the architecture of Llama 4, random weights. Not derived from Llama.
+"""
 WORDS = (
     "a about after again all an and any are as at back be because been before between but by can come could day did do "
     "does down each even every file find first for from get give go good great had has have he her here him his how if "
@@ -262,6 +271,7 @@ def write_side_files(folder: Path, config: dict[str, Any]) -> None:
             "processor_class": "Llama4Processor", "patch_size": vision["patch_size"], "image_token": "<|image|>",
             "pixel_shuffle_ratio": vision["pixel_shuffle_ratio"], "fake_image_token": "<|image|>",
         }  # fmt: skip
+    write_file(folder / "README.md", CARD)
     write_file(folder / "tokenizer.json", train_tokenizer(text["vocab_size"]).to_str())
     write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
     for name, content in files.items():

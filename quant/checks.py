@@ -9,6 +9,7 @@ from typing import Any
 from converters.reader import Reader
 from l4tool.core.atomic import part_path
 from l4tool.core.errors import CheckpointError, DeviceError, UsageError, WriteError
+from l4tool.core.lock import LOCK
 from l4tool.core.sizes import format_bytes
 from quant import journal
 from quant.plan import Plan
@@ -58,15 +59,17 @@ def begin(out: Path, job: dict[str, Any], force: bool) -> dict[str, Any] | None:
 
     Raises WriteError when the folder belongs to another job; with `force` that job's files are deleted instead.
     """
-    old, _, _ = journal.read_journal(out)
-    report = journal.read_report(out)
+    journaled, report = journal.read_journal(out), journal.read_report(out)
+    old = journaled.job
     if old is None and report is not None:
         old = report["job"]
     if old is None and (out / journal.JOURNAL).is_file() and not force:
-        if [entry.name for entry in out.iterdir() if entry.name not in (journal.LOCK, journal.JOURNAL)]:
+        if [entry.name for entry in out.iterdir() if entry.name not in (LOCK, journal.JOURNAL)]:
             raise WriteError(f"the journal in {out} cannot be read", hint=journal.FORCE_HINT)
         return None
     changed = None if old is None else journal.difference(old, job)
+    if journaled.form != journal.FORM:
+        changed = "it was begun by an earlier version of l4tool"
     if changed is not None and not force:
         state = "complete" if report is not None else "unfinished"
         raise WriteError(f"{out} holds another, {state} run: {changed}", hint=journal.FORCE_HINT)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def shard_digest(path: Path, plan: ShardPlan) -> str:
     return running.hexdigest()
 
 
+def tensor_digests(path: Path, plan: ShardPlan, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of some tensors of a shard as it lies on the disk, in hex."""
+    running = RunningDigest(path, plan)
+    try:
+        running.complete(names)
+        running.wait()
+        return {name: running.tensor(name) for name in running.hashed()}
+    finally:
+        running.close()
+
+
 class RunningDigest:
     """The digest of a shard that is being written. Its thread reads from the page cache, without the GIL."""
 
@@ -38,13 +50,26 @@ class RunningDigest:
         self._pending: list[Future[None]] = []
         self._dropped = 0
 
+    def adopt(self, digests: dict[str, str]) -> None:
+        """Tensors that lie there since an earlier run, with their SHA-256 in hex: they were read again just now."""
+        self._digests |= {name: bytes.fromhex(digest) for name, digest in digests.items()}
+
     def complete(self, names: Iterable[str]) -> None:
         """These tensors are completely written."""
         self._pending += [self._thread.submit(self._hash, name) for name in names]
 
+    def wait(self) -> None:
+        """Until everything that was complete before this call is hashed; raises what hashing raised."""
+        for future in list(self._pending):
+            future.result()
+
     def hashed(self) -> list[str]:
         """Names of the tensors hashed so far."""
         return list(self._digests)
+
+    def tensor(self, name: str) -> str:
+        """SHA-256 of one hashed tensor, in hex."""
+        return self._digests[name].hex()
 
     def drop_cache(self, names: list[str]) -> None:
         """Give back the page cache of tensors that are hashed and synced: the next writes use those pages."""
@@ -57,8 +82,7 @@ class RunningDigest:
 
     def hexdigest(self) -> str:
         """The digest, when every tensor is complete; closes."""
-        for future in self._pending:
-            future.result()
+        self.wait()
         self.close()
         ordered = sorted(self._digests, key=lambda name: self._spans[name])
         return hashlib.sha256(self._plan.header + b"".join(self._digests[name] for name in ordered)).hexdigest()
@@ -79,3 +103,35 @@ class RunningDigest:
             digest.update(view[:count])
             at += count
         self._digests[name] = digest.digest()
+
+
+class StreamedDigest:
+    """The same digest of a file whose bytes come in file order; has the methods of a hashlib object.
+
+    `header_bytes` is where the tensors begin, `ends` are the offsets at which one ends, in file order.
+    """
+
+    def __init__(self, header_bytes: int, ends: Sequence[int]) -> None:
+        self._whole, self._tensor = hashlib.sha256(), hashlib.sha256()
+        self._at, self._header_bytes = 0, header_bytes
+        self._ends = deque(ends)
+
+    def update(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            header = self._at < self._header_bytes
+            end = self._header_bytes if header else self._ends[0] if self._ends else self._at + len(view)
+            piece = view[: end - self._at]
+            (self._whole if header else self._tensor).update(piece)
+            self._at, view = self._at + len(piece), view[len(piece) :]
+            self._close_tensors()
+
+    def _close_tensors(self) -> None:
+        """Tensors may be empty, so several can end at one place."""
+        while self._ends and self._at >= self._header_bytes and self._ends[0] == self._at:
+            self._ends.popleft()
+            self._whole.update(self._tensor.digest())
+            self._tensor = hashlib.sha256()
+
+    def hexdigest(self) -> str:
+        return self._whole.hexdigest()

@@ -1,18 +1,18 @@
-"""What makes a run resumable: a lock on the output, a fingerprint of the job, and a journal of finished shards.
+"""What makes a run resumable: a lock on the output, a fingerprint of the job, and a journal of what is finished.
 
-The journal is JSON lines in the output folder, each fsynced: first the job, then one line per finished shard. It goes
-away when the run is complete; then `l4tool-report.json` tells what the folder is.
+The journal is JSON lines in the output folder, each fsynced: first the job, then tensors that are durable in a shard's
+`.part`, with their error sums and hashes, and one line per finished shard. It goes away when the run is complete; then
+`l4tool-report.json` tells what the folder is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +20,38 @@ from converters.folder import INDEX
 from converters.reader import Reader
 from l4tool import __version__
 from l4tool.core.atomic import part_path, write_errors
-from l4tool.core.errors import LockHeld, WriteError
+from l4tool.core.lock import LOCK
 from quant.schemes import Recipe
 
 JOURNAL = "l4tool-journal.jsonl"
-LOCK = ".l4tool.lock"
 REPORT = "l4tool-report.json"
+FORM = 2  # of the journal; 1 knew whole shards only
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
 
 
-@contextlib.contextmanager
-def output_lock(folder: Path) -> Iterator[None]:
-    """Hold the output folder for this process. Raises LockHeld when another one has it."""
-    path = folder / LOCK
-    while True:
-        with write_errors(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            if not isinstance(error, BlockingIOError):
-                raise WriteError(f"cannot lock {path}: {error.strerror}", hint="choose another file system") from error
-            raise LockHeld(f"another run is writing {folder}", hint="wait for it, or choose another output") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                break
-        os.close(fd)  # its last owner removed it between our open and our lock
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(fd)
+def fingerprint(recipe: Recipe, device: str, max_shard_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
+    """The job: tool version, all that decides the output's bytes, and the source as its supply describes it."""
+    return {
+        "version": __version__,
+        "recipe": dataclasses.asdict(recipe) | {"device": device, "max_shard_bytes": max_shard_bytes},
+        "source": source,
+    }
 
 
-def fingerprint(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int) -> dict[str, Any]:
-    """The job: tool version, all that decides the output's bytes, and each source file's size, mtime, sampled SHA-256.
+def describe_folder(reader: Reader) -> dict[str, Any]:
+    """Of each file that the output is made from: size, mtime, and SHA-256 of samples.
 
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
     quantizing. Small files are hashed whole.
     """
+    return {path.name: _describe(path) for path in source_files(reader)}
+
+
+def source_files(reader: Reader) -> list[Path]:
+    """Every file that the output is made from: configs, side files, weights."""
     small = [reader.path / "config.json", reader.path / INDEX, *reader.side_files()]
-    files = [path for path in small if path.is_file()] + reader.weight_files()
-    return {
-        "version": __version__,
-        "recipe": dataclasses.asdict(recipe) | {"device": device, "max_shard_bytes": max_shard_bytes},
-        "source": {path.name: _describe(path) for path in files},
-    }
+    return [path for path in small if path.is_file()] + reader.weight_files()
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -97,17 +80,37 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return f"the source has changed since ({', '.join(changed[:5])})" if changed else None
 
 
-class Journal:
-    """The open journal of one run. `shards`: file name → what `add_shard` wrote, from earlier runs too."""
+@dataclass(frozen=True)
+class Journaled:
+    """What a journal says. `size` is the length of its sound part in bytes; a torn last line is not in it.
 
-    def __init__(self, folder: Path, job: dict[str, Any], shards: dict[str, dict[str, Any]], size: int) -> None:
+    `tensors`: shard → item → {"sums": [squared error, squared weight] or None, "sha256": of each part}, durable in
+    the shard or in its `.part`. `shards`: finished shard → {"size", "mtime_ns", "digest"}.
+    """
+
+    job: dict[str, Any] | None = None
+    tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    size: int = 0
+    form: int = FORM
+
+
+class Journal:
+    """The open journal of one run. `tensors` and `shards` as in `Journaled`, from earlier runs too."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], before: Journaled) -> None:
         self.path = folder / JOURNAL
-        self.shards = shards
+        self.tensors, self.shards = before.tensors, before.shards
         with write_errors(self.path):
             self._file = open(self.path, "ab")
-            self._file.truncate(size)  # a torn last line
-        if size == 0:
-            self._append({"job": job})
+            self._file.truncate(before.size)
+        if before.size == 0:
+            self._append({"form": FORM, "job": job})
+
+    def add_tensors(self, shard: str, entries: dict[str, dict[str, Any]]) -> None:
+        """Record tensors that are durable in a shard or its `.part`."""
+        self.tensors.setdefault(shard, {}).update(entries)
+        self._append({"tensors": entries, "of": shard})
 
     def add_shard(self, name: str, entry: dict[str, Any]) -> None:
         """Record a shard that is durable under its final name."""
@@ -125,13 +128,15 @@ class Journal:
             self._file.close()
 
 
-def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], int]:
-    """(job, finished shards, length of the sound part in bytes); (None, {}, 0) when there is no usable journal."""
+def read_journal(folder: Path) -> Journaled:
+    """The journal in `folder`, up to its first line that is torn; an empty one where there is none that can be used."""
     try:
         raw = (folder / JOURNAL).read_bytes()
     except OSError:
-        return None, {}, 0
-    job, shards, size = None, {}, 0
+        return Journaled()
+    job, form, size = None, 1, 0
+    tensors: dict[str, dict[str, dict[str, Any]]] = {}
+    shards: dict[str, dict[str, Any]] = {}
     for line in raw.splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -140,11 +145,13 @@ def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, dict[st
         if not line.endswith(b"\n") or not isinstance(record, dict):
             break
         if "job" in record:
-            job = record["job"]
+            job, form = record["job"], record.get("form", 1)
+        elif "of" in record:
+            tensors.setdefault(record["of"], {}).update(record["tensors"])
         elif "shard" in record:
             shards[record.pop("shard")] = record
         size += len(line)
-    return (job, shards, size) if isinstance(job, dict) else (None, {}, 0)
+    return Journaled(job, tensors, shards, size, form) if isinstance(job, dict) else Journaled()
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -118,6 +118,22 @@ def fp8_reference(weight: torch.Tensor) -> Fp8:
     return Fp8(q.cpu(), scale.cpu(), error.cpu(), square.cpu())
 
 
+def compare(weight: torch.Tensor, back: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Squared error and squared weight per row (float64), and the largest |weight - back|, of CPU tensors [rows, cols].
+
+    `block`: columns whose sums stay in float32, the group size of INT4. `weight` may be stored by columns. NaN and Inf
+    come through.
+    """
+    from quant.kernels.compare import row_errors
+
+    rows, cols = weight.shape
+    error, square, largest = np.empty(rows), np.empty(rows), np.empty(rows, np.float32)
+    theirs, their_stride, transposed = _flat(back)
+    assert not transposed
+    row_errors(*_flat(weight), theirs, their_stride, cols, block, error, square, largest)
+    return torch.from_numpy(error), torch.from_numpy(square), float(largest.max(initial=0))
+
+
 def require_finite(tensor: torch.Tensor, name: str, row0: int = 0) -> None:
     """Raise CheckpointError naming the first NaN or Inf of a CPU tensor of any shape. Integers pass."""
     if not tensor.is_floating_point() or not tensor.numel():

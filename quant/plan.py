@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from converters.names import TEXT_PREFIX
 from converters.reader import Reader, TensorInfo
@@ -98,6 +99,15 @@ def build_plan(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int
         grouped[shard_of[first_part[id(item)]]].append(item)
     totals = (sum(item.info.nbytes for item in items), sum(item.nbytes_out for item in items))
     return Plan(shards, grouped, *totals, classes)
+
+
+def by_source(plan: Plan) -> dict[Path, list[tuple[int, Item]]]:
+    """Source files in the order of their first use → their items, each with the number of its shard."""
+    files: dict[Path, list[tuple[int, Item]]] = {}
+    for number, items in enumerate(plan.items):
+        for item in items:
+            files.setdefault(item.info.file, []).append((number, item))
+    return files
 
 
 def split(item: Item, budget: Budget) -> Iterator[Unit]:

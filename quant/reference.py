@@ -72,8 +72,8 @@ def int4_unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def int4_dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """q int8 [out, in], scale bf16 [out, in/g] → bf16 [out, in], rounded as compressed-tensors does."""
-    groups = q.bfloat16().unflatten(-1, (scale.shape[-1], -1))
+    """q int8 [out, in], scale [out, in/g] → [out, in] in the scale's dtype, rounded as compressed-tensors does."""
+    groups = q.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
     return (groups * scale[..., None]).flatten(-2)
 
 
@@ -88,8 +88,8 @@ def fp8_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fp8_dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3fn [out, in], scale bf16 [out, 1] → bf16 [out, in], rounded as compressed-tensors does."""
-    return q.bfloat16() * scale
+    """e4m3fn [out, in], scale [out, 1] → [out, in] in the scale's dtype, rounded as compressed-tensors does."""
+    return q.to(scale.dtype) * scale
 
 
 def squared_error(weight: torch.Tensor, back: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from converters.reader import Reader
 from l4tool.core.console import table
 from l4tool.core.sizes import format_bytes, format_duration
 from quant import memory
+from quant.journal import Journal
 from quant.plan import Budget, Plan
 from quant.schemes import Recipe
 
@@ -21,7 +22,7 @@ def build(
     reader: Reader,
     recipe: Recipe,
     plan: Plan,
-    shards: dict[str, dict[str, Any]],
+    log: Journal,
     job: dict[str, Any],
     seconds: float,
     resumed: bool,
@@ -33,11 +34,12 @@ def build(
     bfloat16; `sqnr_db` = -20 log10 of it.
     """
     kinds = {item.info.name: item.encoder.kind for items in plan.items for item in items}
-    sums = {name: pair for shard in plan.shards for name, pair in shards[shard.file_name]["tensors"].items()}
+    entries = {name: entry for shard in plan.shards for name, entry in log.tensors[shard.file_name].items()}
+    sums = {name: entry["sums"] for name, entry in entries.items() if entry["sums"] is not None}
     tensors = {name: {"kind": kinds[name], **_errors(*sums[name])} for name in kinds if name in sums}
     errors = [_relative(*pair) for pair in sums.values()]
     total_error, total_square = math.fsum(p[0] for p in sums.values()), math.fsum(p[1] for p in sums.values())
-    fit = memory.fit(reader.arch, plan.output_bytes)
+    fit = memory.fit(reader.arch.text, plan.output_bytes)
     return {
         "tool": "l4tool quantize",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "numba")}},
@@ -53,11 +55,11 @@ def build(
         "h100_80gb": {
             "fits": fit.fits,
             "usable_bytes": memory.H100_USABLE_BYTES,
-            "reserved_bytes": memory.RESERVED_BYTES,
-            "left_for_kv_bytes": fit.left_bytes,
+            "reserved_bytes": fit.reserved_bytes,
+            "left_for_kv_bytes": fit.kv_bytes,
             "kv_tokens": fit.kv_tokens,
         },
-        "output": {name: {"size": shards[name]["size"], "digest": shards[name]["digest"]} for name in sorted(shards)},
+        "output": {name: {"size": s["size"], "digest": s["digest"]} for name, s in sorted(log.shards.items())},
         "tensors": tensors,
         "run": {"command": command, "seconds": round(seconds, 3), "resumed": resumed},
     }
@@ -119,13 +121,13 @@ def render_plan(reader: Reader, recipe: Recipe, plan: Plan, budget: Budget) -> s
         for label, (kind, before, after) in plan.classes.items()
     ]
     rows.append(("total", "", format_bytes(plan.source_bytes), format_bytes(plan.output_bytes)))
-    fit = memory.fit(reader.arch, plan.output_bytes)
+    fit = memory.fit(reader.arch.text, plan.output_bytes)
     kinds = {kind for kind, _, _ in plan.classes.values()}
     groups = f", scale {recipe.scale}, group size {recipe.group_size}" if "int4" in kinds else ""
     facts = [
         ("scheme", f"{recipe.scheme}{groups}, {recipe.format}"),
         ("shards", str(len(plan.shards))),
         ("at once", f"{budget.jobs} pieces"),
-        *fit_rows({"fits": fit.fits, "kv_tokens": fit.kv_tokens, "reserved_bytes": memory.RESERVED_BYTES}),
+        *fit_rows({"fits": fit.fits, "kv_tokens": fit.kv_tokens, "reserved_bytes": fit.reserved_bytes}),
     ]
     return f"{table(rows, header=('tensors', 'as', 'before', 'after'))}\n\n{table(facts)}"

@@ -18,12 +18,8 @@ from batch.engine.sequence import Sequence
 from batch.model.model import Model, load_model
 from batch.requests import Choice, GenerationResult, PreparedRequest
 from converters.detect import open_checkpoint
-from l4tool.core.arch import TextArch
 from l4tool.core.errors import UsageError
-
-DEFAULT_MAX_BATCH_TOKENS = 2048
-DEFAULT_MAX_SEQS = 256
-LARGEST_BLOCK = 32
+from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
 
 
 class Detokenizer(Protocol):
@@ -194,17 +190,3 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
         kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens))
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
     return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size)
-
-
-def largest_block(text: TextArch) -> int:
-    """The largest power of two up to 32 that divides the attention chunk."""
-    size = LARGEST_BLOCK
-    while text.attention_chunk_size % size:
-        size //= 2
-    return size
-
-
-def step_bytes(text: TextArch, max_batch_tokens: int) -> int:
-    """A generous bound on one step's own tensors: a dozen activations a token in float32, three copies of logits."""
-    widest = max(text.hidden_size, text.intermediate_size, text.intermediate_size_mlp)
-    return max_batch_tokens * 4 * (12 * widest) + 3 * 4 * text.vocab_size * min(max_batch_tokens, DEFAULT_MAX_SEQS)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from quant.memory import device_kv_bytes
+
 CPU_SHARE = 0.5  # of what is free after loading; pages of the cache are only touched when used
 CPU_MOST_BYTES = 16 << 30
-DEVICE_SHARE = 0.9
 CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -20,7 +21,7 @@ def default_kv_bytes(device: torch.device, step_bytes: int) -> int:
     """Bytes for the KV cache on `device` after the weights are loaded; `step_bytes`: what one step itself needs."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return max(int(free_bytes * DEVICE_SHARE) - step_bytes, 0)
+        return device_kv_bytes(free_bytes, step_bytes)
     return max(min(int(available_bytes() * CPU_SHARE), CPU_MOST_BYTES), 0)
 
 

@@ -8,13 +8,9 @@ need a count per block in `BlockPool` and nothing else here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+from quant.memory import BlockNeed, ceil_div
 
 
 class BlockPool:
@@ -85,14 +81,6 @@ class SequenceBlocks:
         self.chunk_start = 0
 
 
-@dataclass(frozen=True)
-class BlockNeed:
-    """Numbers of blocks of each kind."""
-
-    full: int
-    chunked: int
-
-
 class BlockManager:
     """Both pools of one engine. Lengths and positions are in tokens."""
 
@@ -139,26 +127,3 @@ class BlockManager:
         self.full.give_back(held.full.clear())
         self.chunked.give_back(held.chunked.clear())
         held.chunk_start = 0
-
-
-def split_memory(
-    kv_bytes: int, full_block_bytes: int, chunked_block_bytes: int, most: BlockNeed, at_least: BlockNeed
-) -> BlockNeed | None:
-    """Divide `kv_bytes` over the two pools; None when it cannot hold `at_least`.
-
-    A sequence no longer than one attention chunk needs as many blocks of one kind as of the other, so the pools
-    get equal counts N = kv_bytes / (full + chunked bytes). Chunked blocks past `most` (every sequence with a whole
-    chunk) could never be used: what they would cost goes to full blocks, which grow with the text. `at_least` (the
-    longest request so far) shifts the balance where equal counts would not hold it.
-    """
-    if at_least.full * full_block_bytes + at_least.chunked * chunked_block_bytes > kv_bytes:
-        return None
-    pair_bytes = full_block_bytes + chunked_block_bytes
-    chunked = min(kv_bytes // pair_bytes, most.chunked) if chunked_block_bytes else most.chunked
-    chunked = max(chunked, at_least.chunked)
-    left_bytes = kv_bytes - chunked * chunked_block_bytes
-    full = min(left_bytes // full_block_bytes, most.full) if full_block_bytes else most.full
-    if full < at_least.full and full_block_bytes and chunked_block_bytes:
-        full = at_least.full
-        chunked = min((kv_bytes - full * full_block_bytes) // chunked_block_bytes, most.chunked)
-    return BlockNeed(full, chunked)

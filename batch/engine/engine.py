@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batch.engine.blocks import BlockManager, BlockNeed, split_memory
+from batch.engine.blocks import BlockManager
 from batch.engine.image_features import ImageMismatch, SequenceImages
 from batch.engine.runner import ImageEncodingError, Runner
 from batch.engine.sampler import Draw, sample
@@ -22,8 +22,8 @@ from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams
 from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
+from quant.memory import BlockNeed, pools
 
-MAX_POOL_BLOCKS = 1 << 20  # bounds the bookkeeping where a kind of layer is absent and its blocks cost nothing
 MAX_PIXEL_BYTES = 1 << 30  # pictures of unfinished sequences past which no more requests are asked for
 FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
 GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
@@ -251,13 +251,8 @@ class Engine:
         return self.model.kv_bytes_per_block("full", size), self.model.kv_bytes_per_block("chunked", size)
 
     def _split(self, at_least: BlockNeed) -> BlockNeed | None:
-        text, size, seqs = self.model.arch.text, self.config.block_size, self.config.max_seqs
-        longest = text.max_position_embeddings
-        most = BlockNeed(
-            max(min(seqs * -(-longest // size), MAX_POOL_BLOCKS), at_least.full),
-            max(min(seqs * -(-min(longest, text.attention_chunk_size) // size), MAX_POOL_BLOCKS), at_least.chunked),
-        )
-        return split_memory(self.config.kv_bytes, *self._block_bytes(), most, at_least)
+        text, config = self.model.arch.text, self.config
+        return pools(text, config.kv_bytes, config.block_size, self.model.dtype.itemsize, config.max_seqs, at_least)
 
     def _rebalance(self, need: BlockNeed) -> bool:
         """Divide the KV memory anew so that a longer request than any before fits; running ones are recomputed."""

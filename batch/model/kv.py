@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from l4tool.core.arch import TextArch
 
-Kind = Literal["full", "chunked"]
 CACHE_LINE = 64  # bytes
 
 
@@ -29,17 +27,6 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.k, *self.v))
-
-
-def layers_of_kind(arch: TextArch, kind: Kind) -> int:
-    """How many layers keep their keys in the pool `kind`."""
-    rope = sum(arch.rope_layers)
-    return rope if kind == "chunked" else arch.num_layers - rope
-
-
-def bytes_per_block(arch: TextArch, kind: Kind, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block of `kind` takes over all its layers, K and V."""
-    return 2 * layers_of_kind(arch, kind) * block_size * arch.num_kv_heads * arch.head_dim * dtype.itemsize
 
 
 def allocate(

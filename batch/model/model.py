@@ -8,7 +8,7 @@ import torch
 
 from batch.model import kv as paged
 from batch.model.inputs import StepInput
-from batch.model.kv import Kind, KVCache
+from batch.model.kv import KVCache
 from batch.model.text import TextModel
 from batch.model.vision import VisionModel, load_vision
 from batch.model.weights import Loader, load_text, nbytes_of
@@ -16,6 +16,7 @@ from batch.requests import ImageTiles
 from converters.reader import Reader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import DeviceError, UsageError
+from quant.memory import Kind, bytes_per_block
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -32,7 +33,7 @@ class Model:
 
     def kv_bytes_per_block(self, kind: Kind, block_size: int) -> int:
         """Bytes of one KV block ("full" or "chunked") over all its layers."""
-        return paged.bytes_per_block(self.arch.text, kind, block_size, self.dtype)
+        return bytes_per_block(self.arch.text, kind, block_size, self.dtype.itemsize)
 
     def allocate_kv(self, num_full_blocks: int, num_chunked_blocks: int, block_size: int) -> KVCache:
         """An empty paged cache. Raises DeviceError when it does not fit."""

@@ -35,7 +35,7 @@ class _Size(click.ParamType):
 @click.command("batch", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("input", type=_PATH, metavar="IN.jsonl")
 @click.argument("output", type=_PATH, metavar="OUT.jsonl")
-@click.option("--model", type=_PATH, required=True, metavar="DIR", help="Checkpoint folder, quantized or not.")
+@click.option("--model", required=True, help="Checkpoint folder, quantized or not; or a fetched repository's name.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling; 1 is off.")
@@ -73,14 +73,16 @@ def command(**options: Any) -> int:
     Lines are in OpenAI's batch form or the short form {"prompt": "…"}. Values that a line gives win over these
     options, and these over the checkpoint's generation_config.json. Answers are written as they finish.
 
-    Interrupted or killed, the same command carries on: OUT.jsonl.journal, beside the output, knows which lines are done.
+    Interrupted or killed, the same command carries on: OUT.jsonl.journal, beside the output, knows what is done.
     """
     from batch.generation import SamplingOptions
     from batch.job import BatchOptions, run_batch
     from batch.state import StateOptions
     from batch.summary import MaxErrors
     from l4tool.core.console import note
+    from l4tool.hub.local import require_local
 
+    options["model"] = require_local(options["model"])
     if any(not text for text in options["stop"]):
         raise click.BadParameter("an empty text would stop everything", param_hint="--stop")
     sampling = SamplingOptions(
@@ -91,8 +93,12 @@ def command(**options: Any) -> int:
         **{name: options.pop(name) for name in ("force", "wait", "retry_errors", "sync_lines")},
     )  # fmt: skip
     max_errors = options.pop("max_errors")
-    renamed = {"kv_memory_bytes": options.pop("kv_memory"), "in_order": options.pop("order") == "input",
-               "grace_s": options.pop("grace"), "max_errors": MaxErrors.parse(max_errors) if max_errors else None}  # fmt: skip
+    renamed = {
+        "kv_memory_bytes": options.pop("kv_memory"),
+        "in_order": options.pop("order") == "input",
+        "grace_s": options.pop("grace"),
+        "max_errors": MaxErrors.parse(max_errors) if max_errors else None,
+    }
     summary = run_batch(BatchOptions(sampling=sampling, state=state, **renamed, **options))
     note(summary.as_table())
     return EXIT_ERROR_LINES if summary.num_errors else EXIT_OK

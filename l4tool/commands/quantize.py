@@ -33,6 +33,10 @@ from l4tool.core.errors import UsageError
 @click.option("--memory", default="8GiB", show_default=True, help="Most memory to use, page cache not counted.")
 @click.option("--jobs", type=click.IntRange(1), help="Tensors worked on at once.  [default: one per core]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--license", "licence", metavar="FILE", type=click.Path(path_type=Path),
+    help="Text of the weights' licence, written as LICENSE.  [default: the source's]",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show sizes, shards and what fits; write nothing.")
 @click.option("--force", is_flag=True, help="Start afresh in a folder that another quantize run wrote.")
 def command(
@@ -49,6 +53,7 @@ def command(
     memory: str,
     jobs: int | None,
     device: str,
+    licence: Path | None,
     dry_run: bool,
     force: bool,
 ) -> None:
@@ -71,7 +76,12 @@ def command(
 
     recipe = make_recipe(schemes[0], shared_experts, attention, group_size, scale, format_)
     options = pipeline.Options(
-        memory_bytes=memory_bytes, jobs=jobs, device=device, force=force, command=" ".join(["l4tool", *sys.argv[1:]])
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        device=device,
+        force=force,
+        licence=licence,
+        command=" ".join(["l4tool", *sys.argv[1:]]),
     )
     reader = open_checkpoint(source)
     try:

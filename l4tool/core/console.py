@@ -38,10 +38,13 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
 class Progress:
     """tqdm on a terminal; one log line every 30 s elsewhere. Counts bytes (`unit="B"`) or things.
 
-    `suffix` is free text shown behind the rate (tokens/s, say).
+    `suffix` is free text shown behind the rate (tokens/s, say). `line` makes it one of several bars on a terminal:
+    that many lines below the first, gone when it is closed.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str = "B", initial: int = 0) -> None:
+    def __init__(
+        self, label: str, total: int | None, unit: str = "B", initial: int = 0, line: int | None = None
+    ) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, initial
         self.initial = initial
         self.suffix = ""
@@ -53,7 +56,7 @@ class Progress:
             columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell; tqdm would take 0
             self.bar = tqdm(
                 total=total, initial=initial, desc=label, unit=unit, file=sys.stderr, ncols=columns,
-                unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000,
+                unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000, position=line, leave=not line,
             )  # fmt: skip
 
     def advance(self, amount: int, suffix: str | None = None) -> None:

@@ -24,6 +24,15 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * unit)
 
 
+def parse_tokens(text: str) -> int:
+    """'8k', '128K', '1M' (binary: 8192, 131072, 1048576) or a plain number → tokens, at least 1. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,12})\s*([km]?)\s*", text, re.IGNORECASE | re.ASCII)
+    count = int(match.group(1)) * {"": 1, "k": 2**10, "m": 2**20}[match.group(2).lower()] if match else 0
+    if count < 1:
+        raise UsageError(f"not a number of tokens: {text!r}", hint="write for example 8k, 128K, 1M or 8192")
+    return count
+
+
 def format_bytes(num_bytes: float) -> str:
     """Bytes → '60.4 GiB' (binary units, three significant digits)."""
     size = float(num_bytes)

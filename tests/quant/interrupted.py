@@ -5,7 +5,7 @@
 Every STOP is a child of its own that writes PARENT/OUT: `kill:N` kills it before its N-th step, `torn:N` after half
 of the N-th write, `term:N` and `int:N` send SIGTERM and SIGINT, `full:N` fails from then on with ENOSPC,
 `limit:BYTES` runs under RLIMIT_FSIZE, `run` runs to the end. A step is a call that changes the disk: pwrite, fsync,
-rename, truncate, unlink.
+rename, truncate, unlink. A child that ends also tells which tensors it worked on.
 """
 
 from __future__ import annotations
@@ -59,12 +59,18 @@ def child(source: str, out: str, shard_bytes: int, stop: str) -> int:
     counter = [0]
     hook(stop, counter)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from quant import pipeline
+    from quant import pipeline, stream
 
-    real = pipeline.Options
+    real, real_work, worked = pipeline.Options, stream.Stream._work, []
     pipeline.Options = lambda **options: real(**options | {"max_shard_bytes": shard_bytes, "jobs": 2})
+
+    def work(self, shard, unit):
+        worked.append(unit.item.info.name)
+        return real_work(self, shard, unit)
+
+    stream.Stream._work = work
     code = entry.main(["quantize", source, "-o", out, "--int4"])
-    print(json.dumps({"steps": counter[0]}), flush=True)
+    print(json.dumps({"steps": counter[0], "tensors": sorted(worked)}), flush=True)
     return code
 
 

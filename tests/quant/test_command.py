@@ -47,7 +47,7 @@ def test_output_folder(scout_tiny, tmp_path, capsys):
         os.umask(old)
     files = {path.name: path for path in out.iterdir()}
     copied = {p.name for p in scout_tiny.iterdir() if p.suffix != ".safetensors"}
-    assert files.keys() == copied | {"model-00001-of-00001.safetensors", "l4tool-report.json"}
+    assert files.keys() == copied | {"model-00001-of-00001.safetensors", "l4tool-report.json", "README.source.md"}
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in files.values())
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
         assert files[name].read_bytes() == (scout_tiny / name).read_bytes()

@@ -91,10 +91,11 @@ def test_parts_of_a_tensor_share_a_shard(scout):
 
 def test_kv_cache_of_scout(scout):
     """192 KiB per token while every layer keeps it, 48 KiB past the first chunk."""
-    arch = scout.arch
+    arch = scout.arch.text
     assert memory.kv_bytes(arch, 1) == 192 * 1024
     assert memory.kv_bytes(arch, 8192) == 8192 * 192 * 1024
     assert memory.kv_bytes(arch, 8193) - memory.kv_bytes(arch, 8192) == 48 * 1024
+    assert memory.kv_bytes(arch, 8193, block_size=32) - memory.kv_bytes(arch, 8192) == 32 * 48 * 1024
     for num_bytes in (0, 192 * 1024 - 1, 192 * 1024, 5 * GIB):
         tokens = memory.kv_tokens(arch, num_bytes)
         assert memory.kv_bytes(arch, tokens) <= num_bytes < memory.kv_bytes(arch, tokens + 1)
@@ -103,10 +104,11 @@ def test_kv_cache_of_scout(scout):
 
 def test_scout_fits_one_h100_in_int4_only(scout):
     int4 = build_plan(scout, make_recipe("int4"), "cpu").output_bytes
-    fit = memory.fit(scout.arch, int4)
-    assert fit.fits and fit.kv_tokens == memory.kv_tokens(scout.arch, int(79.1 * GIB) - 2 * GIB - int4)
-    assert 300_000 < fit.kv_tokens < 400_000
-    assert not memory.fit(scout.arch, build_plan(scout, make_recipe("fp8"), "cpu").output_bytes).fits
+    fit = memory.fit(scout.arch.text, int4)
+    assert fit.fits and int(79.1 * GIB) - 8 <= int4 + fit.kv_bytes + fit.reserved_bytes <= int(79.1 * GIB)
+    assert fit.kv_tokens == memory.kv_tokens(scout.arch.text, fit.kv_bytes, block_size=32)
+    assert 250_000 < fit.kv_tokens < 350_000
+    assert not memory.fit(scout.arch.text, build_plan(scout, make_recipe("fp8"), "cpu").output_bytes).fits
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.engine.blocks import BlockManager, BlockNeed, BlockPool, BlockTable, SequenceBlocks, split_memory
+from batch.engine.blocks import BlockManager, BlockPool, BlockTable, SequenceBlocks
+from quant.memory import BlockNeed, split_memory
 
 
 def test_pool_hands_out_each_block_once_and_takes_it_back():

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from batch.job import BatchOptions, load_front, run_batch
-from batch.state import StateOptions
 from batch.requests import Choice, GenerationResult, TokenLogprob
+from batch.state import StateOptions
 
 FORCE = StateOptions(force=True)
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from tests.batch.job.conftest import FORCE
 from batch.job import BatchOptions, run_batch
 from batch.jsonl import RawLine
 from batch.prepare import LinePreparer
+from tests.batch.job.conftest import FORCE
 
 LINES = [
     {"id": "sampled", "prompt": "Tell me about the sea.", "temperature": 1.0, "top_p": 0.9, "max_tokens": 12},

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from batch.generation import SamplingOptions
-from batch.journal import Journal
 from batch.job import BatchOptions, load_front, run_batch
+from batch.journal import Journal
 from batch.requests import GenerationResult
+from l4tool.core import licence
 from l4tool.core.errors import CheckpointError, InputMissing, LockHeld, UsageError, WriteError
 from tests import checkpoints
 from tests.batch.job.conftest import FORCE, EchoBackend
@@ -173,6 +174,23 @@ def test_summary_file(run, tmp_path):
     assert found["errors_by_code"] == {"invalid_json": 1} and found["finish_reasons"] == {"length": 2}
     assert found["complete"] and found["engine"] == {"steps": 2} and len(found["model_fingerprint"]) == 16
     assert found["prompt_tokens"] > 0 and "torch" in found["versions"]
+
+
+def test_summary_names_the_licence(scout_tiny, tmp_path):
+    """Random weights with a licence of their own, and a folder whose card says Llama 4."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+
+    def license_of(model):
+        options = BatchOptions(tmp_path / "in.jsonl", tmp_path / "out", model, summary=tmp_path / "s", state=FORCE)
+        run_batch(options, EchoBackend)
+        return json.loads((tmp_path / "s").read_text())["license"]
+
+    assert license_of(scout_tiny) == {"model": "model", "name": "apache-2.0"}
+    llama = checkpoints.copy(scout_tiny, tmp_path / "Llama-4-Scout-INT4")
+    (llama / "README.md").write_text("---\nlicense: other\nlicense_name: llama4\n---\n")
+    found = license_of(llama)
+    assert (found["model"], found["name"]) == ("Llama-4-Scout-INT4", "Llama 4 Community License")
+    assert found["notice"] == licence.NOTICE and 'begins with "Llama"' in found["duty"]
 
 
 class LosingBackend(EchoBackend):

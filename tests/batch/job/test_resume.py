@@ -139,7 +139,7 @@ def test_a_picture_that_changed_is_looked_at_again(job, tmp_path):
 
 
 class TestDuplicates:
-    lines = [{"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b"}, {"id": 1, "prompt": "c"}, {"id": 1, "prompt": "a"}]
+    lines = tuple({"id": i, "prompt": text} for i, text in ((1, "a"), (2, "b"), (1, "c"), (1, "a")))
 
     def test_are_errors(self, job):
         job.write(self.lines)
@@ -330,9 +330,6 @@ class TestRepair:
         at_cut = {}
 
         class Cut(Worker):
-            answered = Counter()
-            fail_after = draw.randrange(1, 40)
-
             def run(self, source):
                 try:
                     yield from super().run(source)
@@ -340,6 +337,7 @@ class TestRepair:
                     at_cut.update(synced)
                     raise
 
+        Cut.answered, Cut.fail_after = Counter(), draw.randrange(1, 40)
         with pytest.raises(RuntimeError):
             run_batch(BatchOptions(job.source, job.target, job.model, state=StateOptions(sync_lines=7)), Cut)
         done = len(job.lines)
@@ -360,7 +358,7 @@ class TestRepair:
 
 @pytest.mark.parametrize("step", range(1, 9))
 def test_a_crash_while_the_output_is_put_in_order(job, step, monkeypatch):
-    job.write(many(30) + [b"bad"])
+    job.write([*many(30), b"bad"])
     calls = []
     real_replace, real_fsync = os.replace, os.fsync
 

@@ -1,0 +1,120 @@
+"""A checkpoint folder as far as it can be understood: what is sound, and everything that is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.arch_io import read_arch
+from converters.detect import open_checkpoint
+from converters.fields import read_json_object
+from converters.findings import Collector, Finding, of_error
+from converters.folder import Shards
+from converters.table_reader import TableReader
+from l4tool.core.arch import Arch
+from l4tool.core.errors import EXIT_NO_INPUT, InputMissing, L4Error
+from l4tool.core.placeholder import is_placeholder
+
+META, QUANTO, UNKNOWN = "meta", "quanto", "unknown"
+LAYOUTS = {
+    "hf": "Hugging Face, multimodal",
+    "hf-text": "Hugging Face, text only",
+    "per-expert": "Hugging Face, one tensor per expert",
+    "compressed-tensors": "compressed-tensors",
+    QUANTO: "optimum-quanto",
+    META: "Meta (params.json, consolidated.*.pth)",
+    UNKNOWN: "not recognised",
+}
+JOURNAL = "l4tool-journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`reader` where config.json and its quantization can be read; `arch` and `shards` as far as each alone can be.
+    `config` is config.json, in Meta's layout params.json.
+
+    `findings`: everything that is wrong with config, files, names, shapes and dtypes.
+    """
+
+    path: Path
+    layout: str
+    arch: Arch | None
+    config: dict[str, Any]
+    shards: Shards | None
+    reader: TableReader | None
+    findings: list[Finding]
+
+    def close(self) -> None:
+        if self.shards is not None:
+            self.shards.close()
+
+
+def survey(path: Path) -> Survey:
+    """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no folder."""
+    if not path.is_dir():
+        raise InputMissing(
+            f"{path} is not a folder", hint="give the folder that holds a checkpoint, or a repository id"
+        )
+    noted = Collector()
+    config, arch = _config(path, noted)
+    if is_meta(path) and not config:
+        return Survey(path, META, None, _params(path), None, None, [])
+    if (path / "quantization_map.json").exists():
+        return Survey(path, QUANTO, arch, config, Shards(path, noted), None, noted.findings)
+    reader = _open(path, noted) if arch is not None else None
+    shards: Shards = reader.folder if reader is not None else Shards(path, noted)
+    _loose_ends(path, shards, noted)
+    layout = reader.layout if reader is not None else UNKNOWN
+    return Survey(path, layout, arch, config, shards, reader, noted.findings)
+
+
+def is_meta(path: Path) -> bool:
+    """Meta's own layout: params.json and pickled tensor-parallel shards."""
+    return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
+
+
+def _params(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path / "params.json")
+    except L4Error:
+        return {}
+
+
+def _config(path: Path, noted: Collector) -> tuple[dict[str, Any], Arch | None]:
+    """config.json as it stands, and what it means; either may be lacking."""
+    file = path / "config.json"
+    try:
+        arch, config = read_arch(path)
+        return config, arch
+    except L4Error as error:
+        noted(error, [of_error(error, "config", file)])
+    try:
+        return read_json_object(file), None
+    except L4Error:
+        return {}, None
+
+
+def _open(path: Path, noted: Collector) -> TableReader | None:
+    try:
+        return open_checkpoint(path, noted)
+    except L4Error as error:
+        noted(error, [of_error(error, "config", path / "config.json")])
+        return None
+
+
+def _loose_ends(path: Path, shards: Shards, noted: Collector) -> None:
+    """Signs of work that was not finished, and weight files that nothing names."""
+    if (path / JOURNAL).exists():
+        what = f"{path / JOURNAL} is there: a quantize run into this folder was not finished"
+        noted.add(Finding("unfinished", what, JOURNAL, None, EXIT_NO_INPUT, "run the same l4tool quantize again"))
+    for part in sorted(path.glob("*.part")):
+        noted.add(Finding("unfinished", f"{part} is an unfinished file", part.name, exit_code=0))
+    known = {file.name for file in shards.files}
+    bad = {finding.file for finding in noted.findings}
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name not in known and file.name not in bad:
+            noted.add(Finding("stray-file", f"{file} is named by no index", file.name, exit_code=0))
+        elif is_placeholder(file):
+            what = f"{file} holds a header only, its weights are not here"
+            noted.add(Finding("missing-file", what, file.name, None, EXIT_NO_INPUT, "fetch it"))

@@ -1,0 +1,53 @@
+"""Where the source's bytes come from: a folder that holds them all, or shards that arrive one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from converters.reader import Reader
+from quant import journal
+
+
+class Supply(Protocol):
+    """Weight files for one run, asked for by the paths that the reader knows them by."""
+
+    def describe(self, reader: Reader) -> dict[str, Any]:
+        """What identifies the source, for the fingerprint of the job."""
+        ...
+
+    def begin(self, files: Sequence[Path]) -> None:
+        """These files are needed, in this order. Raises WriteError where the disk cannot hold them."""
+        ...
+
+    def ready(self, file: Path) -> bool:
+        """True when `ensure` would return at once."""
+        ...
+
+    def ensure(self, file: Path) -> None:
+        """Wait until the file's bytes are there, checked. Raises what kept them away."""
+        ...
+
+    def used_up(self, file: Path) -> None:
+        """Every tensor of the file is durable in the output. Called from another thread than `ensure`."""
+        ...
+
+
+class Folder:
+    """A folder with all files: nothing to wait for, nothing to clear away."""
+
+    def describe(self, reader: Reader) -> dict[str, Any]:
+        return journal.describe_folder(reader)
+
+    def begin(self, files: Sequence[Path]) -> None:
+        pass
+
+    def ready(self, file: Path) -> bool:
+        return True
+
+    def ensure(self, file: Path) -> None:
+        pass
+
+    def used_up(self, file: Path) -> None:
+        pass

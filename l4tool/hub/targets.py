@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from l4tool.core.atomic import fsync_dir, part_path, write_errors
 from l4tool.core.errors import CheckpointError, WriteError
 from l4tool.core.lock import file_lock, output_lock
+from l4tool.core.placeholder import filled, is_placeholder
 from l4tool.hub.client import RemoteFile, Snapshot
 from l4tool.hub.local import cache_folder
 from l4tool.hub.manifest import MANIFEST, Entry, Manifest, entry_of, is_unchanged, read_manifest
@@ -117,6 +118,8 @@ class FolderTarget:
             self._ledger.parent.mkdir(exist_ok=True)
             with open(self._ledger, "a") as ledger:
                 ledger.write(json.dumps({"path": file.path, **entry.as_json()}) + "\n")
+        if is_placeholder(self.place(file)):
+            filled(self.place(file))
 
     def show(self, file: RemoteFile) -> None:
         """It lies where it is seen."""

@@ -14,7 +14,6 @@ from converters.folder import Shards
 from converters.table_reader import TableReader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import EXIT_NO_INPUT, InputMissing, L4Error
-from l4tool.core.placeholder import is_placeholder
 
 META, QUANTO, UNKNOWN = "meta", "quanto", "unknown"
 LAYOUTS = {
@@ -115,6 +114,3 @@ def _loose_ends(path: Path, shards: Shards, noted: Collector) -> None:
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in known and file.name not in bad:
             noted.add(Finding("stray-file", f"{file} is named by no index", file.name, exit_code=0))
-        elif is_placeholder(file):
-            what = f"{file} holds a header only, its weights are not here"
-            noted.add(Finding("missing-file", what, file.name, None, EXIT_NO_INPUT, "fetch it"))

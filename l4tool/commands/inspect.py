@@ -29,7 +29,7 @@ def command(model: str, tensors: bool, shards: bool, wanted: str | None, stored:
     matcher(wanted)
     found = survey(_folder(model))
     try:
-        facts = inspect(found, stored, wanted)
+        facts = inspect(found, stored, wanted) | {"path": model}
     finally:
         found.close()
     if as_json:

@@ -40,7 +40,9 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
 
     if plot is not None and against is None:
         raise UsageError("--plot draws the errors against a source", hint="add --against SRC")
-    paths = [_local(text) for text in (folder, against) if text is not None]
+    from l4tool.hub.local import require_local
+
+    paths = [require_local(text) for text in (folder, against) if text is not None]
     if plot is not None:
         from quant.error_plot import require_matplotlib
 
@@ -54,21 +56,6 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
         draw(outcome.compared.errors, plot, f"{paths[0].resolve().name} against {paths[1].resolve().name}")
     click.echo(json.dumps(_finite(verification.as_json(outcome)), indent=2) if as_json else render(outcome, worst))
     return outcome.exit_code
-
-
-def _local(text: str) -> Path:
-    """A folder on this machine; a repository must be fetched first."""
-    from l4tool.core.errors import InputMissing
-    from l4tool.hub.names import is_repo
-
-    if not is_repo(text):
-        return Path(text)
-    from l4tool.hub.local import locate
-
-    found = locate(text)
-    if found is None:
-        raise InputMissing(f"{text} is not on this machine", hint=f"fetch it first: l4tool fetch {text}")
-    return found
 
 
 def render(outcome: Outcome, worst: int) -> str:

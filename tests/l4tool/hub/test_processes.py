@@ -19,6 +19,7 @@ from tests.l4tool.hub.fetching import RATE, SIZES, Fetcher, make_fetcher, wait_u
 
 TOTAL_BYTES = sum(SIZES.values())
 DISK_BYTES = 40 * 2**20
+CRAWL = 20_000  # bytes/s: nothing gets through while the test looks
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def fill(disk: Path, leave_bytes: int = 0) -> Path:
 def test_the_second_of_two_exits_75(fetcher: Fetcher) -> None:
     first = fetcher.start()
     fetcher.wait_for_bytes(first, 1)
+    fetcher.server.rate = CRAWL
     code, message = fetcher.run()
     assert code == EXIT_TEMPFAIL and "wait for it" in message, message
     fetcher.server.rate = None
@@ -75,6 +77,7 @@ def test_the_second_of_two_waits(fetcher: Fetcher, end: str) -> None:
     """And finds everything done; or takes over, with every byte that the killed one has written."""
     first = fetcher.start()
     fetcher.wait_for_bytes(first, TOTAL_BYTES // 3)
+    fetcher.server.rate = CRAWL
     second = fetcher.start("--wait")
     wait_until(lambda: second.stderr is not None and "wait" in second.stderr.readline())
     assert second.poll() is None
@@ -110,6 +113,7 @@ def test_a_disk_that_fills_up_on_the_way(server: HubServer, small_disk: Path) ->
     process = fetcher.start()
     fetcher.wait_for_bytes(process, TOTAL_BYTES // 3)
     ballast = fill(small_disk)
+    server.rate = None
     message = process.communicate(timeout=60)[1]
     assert process.returncode == EXIT_CANT_WRITE and "Traceback" not in message, message
     assert "space" in message

@@ -36,18 +36,20 @@ class SideFiles:
     def __init__(self, reader: Reader, licence_file: Path | None = None, source: str = "") -> None:
         self.reader = reader
         self.origin = read_origin(reader.path, reader.config, source)
-        self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file else None
+        self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file is not None else None
         self.copies = {_CARDS.sub("README.source", path.name): path for path in reader.side_files()}
+        if self.licence is not None:
+            self.copies.pop(LICENCE, None)
 
     @property
     def names(self) -> list[str]:
         """Every file that `write` creates."""
-        made = [CARD, *([NOTICE] if self.origin.is_llama else []), *([LICENCE] if self.licence else [])]
+        made = [CARD, *([NOTICE] if self.origin.is_llama else []), *([LICENCE] if self.licence is not None else [])]
         return sorted({*self.copies, *made})
 
     def tell(self, out: Path, recipe: Recipe) -> None:
         """Say beforehand what the licence asks for and this output would lack: the licence's text, a Llama name."""
-        if "LICENSE" in self._missing():
+        if LICENCE in self._missing():
             where = self.reader.path
             note(
                 f"{where} has no LICENSE, which every copy must carry: add --license FILE, or first "
@@ -60,8 +62,7 @@ class SideFiles:
     def write(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> None:
         """Write all of them, and enter the licence into `report`. Raises WriteError."""
         for name, path in self.copies.items():
-            if name != LICENCE or self.licence is None:
-                write_file(out / name, path.read_bytes())
+            write_file(out / name, path.read_bytes())
         if self.licence is not None:
             write_file(out / LICENCE, self.licence)
         if self.origin.is_llama:

@@ -34,7 +34,7 @@ class SideFiles:
     """
 
     def __init__(self, reader: Reader, licence_file: Path | None = None, source: str = "") -> None:
-        self.reader = reader
+        self.reader, self.source = reader, source
         self.origin = read_origin(reader.path, reader.config, source)
         self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file is not None else None
         self.copies = {_CARDS.sub("README.source", path.name): path for path in reader.side_files()}
@@ -50,10 +50,10 @@ class SideFiles:
     def tell(self, out: Path, recipe: Recipe) -> None:
         """Say beforehand what the licence asks for and this output would lack: the licence's text, a Llama name."""
         if LICENCE in self._missing():
-            where = self.reader.path
+            where = self.source or str(self.reader.path)
+            first = f", or first `l4tool fetch {self.origin.repo or 'REPO'} --include 'LICENSE*' -o {where}`"
             note(
-                f"{where} has no LICENSE, which every copy must carry: add --license FILE, or first "
-                f"`l4tool fetch {self.origin.repo or 'REPO'} --include 'LICENSE*' -o {where}`"
+                f"{where} has no LICENSE, which every copy must carry: add --license FILE{'' if self.source else first}"
             )
         if self.origin.is_llama and not out.name.startswith(licence.NAME_PREFIX):
             name = suggested_name(self.origin, recipe)

@@ -103,7 +103,9 @@ def _layers(axes: Any, series: dict[tuple[str, str], list[TensorError]]) -> None
         )  # fmt: skip
     axes.set_xlabel("layer (point: mean of its tensors; bar: smallest to largest)")
     axes.set_ylabel("relative error, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -0.6), max(high, 0.6))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _tidy(axes)
 
 

@@ -77,10 +77,17 @@ class SideFiles:
             "missing": self._missing(),
         }
 
-    def add_licence(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
-        """Put the given licence into an output that is complete without it; returns the report. Raises WriteError."""
-        self.write(out, recipe, plan, report)
-        write_file(out / journal.REPORT, json.dumps(report, indent=2) + "\n")
+    def complete(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+        """Mend a finished output that lacks licence files which are there by now; returns the report.
+
+        Otherwise nothing is written: the card may have been edited since. Raises WriteError.
+        """
+        is_new = self.licence is not None and not _holds(out / LICENCE, self.licence)
+        lacked = set(report.get("license", {}).get("missing", []))
+        if is_new or lacked - set(self._missing()):
+            note("licence files and model card are written again")
+            self.write(out, recipe, plan, report)
+            write_file(out / journal.REPORT, json.dumps(report, indent=2) + "\n")
         return report
 
     def _missing(self) -> list[str]:
@@ -95,6 +102,10 @@ class SideFiles:
         if licence.NOTICE in " ".join(old.decode(errors="replace").split()):
             return old
         return old.rstrip() + (b"\n\n" if old.strip() else b"") + f"{licence.NOTICE}\n".encode()
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 def _read_licence(path: Path, is_llama: bool) -> bytes:

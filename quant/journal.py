@@ -28,6 +28,7 @@ JOURNAL = "l4tool-journal.jsonl"
 REPORT = "l4tool-report.json"
 STAGING = ".source"  # shards of a streamed source, until they are used up
 FORM = 2  # of the journal; 1 knew whole shards only
+PAPERS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
 
@@ -45,9 +46,9 @@ def describe_folder(reader: Reader) -> dict[str, Any]:
     """Of each file that the output is made from: size, mtime, and SHA-256 of samples.
 
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
-    quantizing. Small files are hashed whole.
+    quantizing. Small files are hashed whole. Licence files and model card are left out: they may come later.
     """
-    return {path.name: _describe(path) for path in source_files(reader)}
+    return {path.name: _describe(path) for path in source_files(reader) if not path.name.startswith(PAPERS)}
 
 
 def source_files(reader: Reader) -> list[Path]:

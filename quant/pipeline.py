@@ -84,7 +84,7 @@ def run(
     done = checks.begin(out, job, options.force)
     if done is not None:
         note(f"{out} is already complete: the same source and options, nothing to do")
-        return side.add_licence(out, recipe, plan, done | {"job": job}) if options.licence else done
+        return side.complete(out, recipe, plan, done | {"job": job})
     side.tell(out, recipe)
     before = take_up(out, plan, journal.read_journal(out))
     files = list(unfinished(plan, before.tensors))

@@ -182,7 +182,8 @@ class Part:
         """Hash the first `limit` bytes, going back to the last good mark at the first that disagrees."""
         good, buffer = (0, self._hash.copy()), memoryview(bytearray(READ_BYTES))
         while self.size < limit:
-            count = os.preadv(self._fd, [buffer[: min(READ_BYTES, limit - self.size)]], self.size)
+            length = min(READ_BYTES, limit - self.size, MARK_BYTES - self.size % MARK_BYTES)  # stops at every mark
+            count = os.preadv(self._fd, [buffer[:length]], self.size)
             if count == 0:
                 break
             self._hash.update(buffer[:count])

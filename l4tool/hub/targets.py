@@ -87,7 +87,8 @@ class FolderTarget:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for line in self._ledger.read_text().splitlines():
                 record = json.loads(line)
-                self._known[record.pop("path")] = Entry(**record)
+                path = record.pop("path")
+                self._known[path] = Entry(**record)
 
     def state(self, file: RemoteFile) -> State:
         path, known = self.place(file), self._known.get(file.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import re
 import threading
@@ -11,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from l4tool.core.atomic import write_errors
-from l4tool.core.errors import ChecksumError, L4Error, NetworkError
+from l4tool.core.errors import ChecksumError, NetworkError
 from l4tool.hub.client import Hub, RemoteFile, Snapshot
 from l4tool.hub.manifest import READ_BYTES
 from l4tool.hub.part import Part, remove_part
 from l4tool.hub.transport import AGAIN, Answer, Retry, RetryPolicy, Stopped, as_int, check_status, retrying
 
-FLUSH_S = 0.2  # while bytes keep coming, they wait at most this long for being written
-QUEUED_BUFFERS = 4
+LINGER_S = 0.01  # received bytes wait this long for more, to be written together
+QUEUED_CHUNKS = 256  # of up to 64 KiB
 
 
 def download(
@@ -150,14 +149,16 @@ class _Floor:
 
 
 class _Writer:
-    """A thread that hashes and writes while the next bytes come in. Leaving the block waits for all of it."""
+    """A thread that hashes and writes while the next bytes come in. Leaving the block waits for all of it.
+
+    It gathers what has come since its last turn: few large writes when the network is fast, small ones when it is
+    slow, so that a kill at any moment loses next to nothing.
+    """
 
     def __init__(self, part: Part) -> None:
         self.part = part
         self.error: BaseException | None = None
-        self._pending: list[bytes] = []
-        self._pending_bytes, self._flushed_s = 0, time.monotonic()
-        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED_BUFFERS)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED_CHUNKS)
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> _Writer:
@@ -165,21 +166,12 @@ class _Writer:
         return self
 
     def put(self, data: bytes) -> None:
-        """Take received bytes; few large buffers cost less than many small ones."""
-        self._pending.append(data)
-        self._pending_bytes += len(data)
-        if self._pending_bytes >= READ_BYTES or time.monotonic() - self._flushed_s > FLUSH_S:
-            self._flush()
-
-    def _flush(self) -> None:
+        """Take received bytes. Raises what writing has raised."""
         if self.error is not None:
             raise self.error
-        self._queue.put(b"".join(self._pending))
-        self._pending, self._pending_bytes, self._flushed_s = [], 0, time.monotonic()
+        self._queue.put(data)
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(L4Error):
-            self._flush()
         self._queue.put(None)
         self._thread.join()
         if self.error is not None:
@@ -187,9 +179,25 @@ class _Writer:
 
     def _work(self) -> None:
         """After an error the queue is still emptied, so that `put` never waits for ever."""
-        while (data := self._queue.get()) is not None:
+        ended = False
+        while not ended:
+            chunks = self._gather()
+            ended = chunks[-1] is None
             if self.error is None:
                 try:
-                    self.part.write(data)
+                    self.part.write(b"".join(chunk for chunk in chunks if chunk is not None))
                 except BaseException as error:
                     self.error = error
+
+    def _gather(self) -> list[bytes | None]:
+        """What is waiting, up to a full buffer; None is the end."""
+        data = [self._queue.get()]
+        if data[0] is not None:
+            time.sleep(LINGER_S)
+        size = 0
+        while data[-1] is not None and (size := size + len(data[-1])) < READ_BYTES:
+            try:
+                data.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return data

@@ -176,6 +176,16 @@ def test_a_repository_by_a_few_small_reads(answer, hub, scout_tiny):
     assert json.loads(again.stdout)["schemes"] == expected and server.bytes_sent() == before
 
 
+def test_a_repository_in_the_shared_cache_needs_no_network(answer, scout_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    folder = tmp_path / "models--demo--Llama-4-Tiny"
+    checkpoints.copy(scout_tiny, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    assert answer(NAME)["schemes"] == answer(scout_tiny)["schemes"]
+
+
 def test_a_gated_repository_needs_a_token(hub, scout_tiny):
     server, run = hub
     server.add_repo("demo/gated", scout_tiny, gated=True)
@@ -209,10 +219,16 @@ def test_bad_options(options, code, told, plan, config):
 
 def test_bad_models(plan, config, tmp_path):
     cases = [
-        ("nowhere", 66, "neither"), (tmp_path, 66, "config.json"), (config("{", "a.json"), 65, "not valid JSON"),
-        (config("[]", "b.json"), 65, "not an object"), (config("{}", "c.json"), 65, "model_type"),
-        (config({"model_type": "llama"}, "d.json"), 65, "Llama 4"), (config("x", "model.bin"), 66, "is a file"),
-    ]  # fmt: skip
+        ("nowhere", 66, "neither"),
+        ("", 66, "neither"),
+        ("x" * 5000, 66, "neither"),
+        (tmp_path, 66, "config.json"),
+        (config("{", "a.json"), 65, "not valid JSON"),
+        (config("[]", "b.json"), 65, "not an object"),
+        (config("{}", "c.json"), 65, "model_type"),
+        (config({"model_type": "llama"}, "d.json"), 65, "Llama 4"),
+        (config("x", "model.bin"), 66, "is a file"),
+    ]
     for model, code, told in cases:
         found, out, err = plan(model)
         assert (found, out) == (code, "") and told in err and "internal" not in err, err

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 from l4tool.core.atomic import part_path
 from l4tool.core.errors import ChecksumError, L4Error, NetworkError, RateLimited
 from l4tool.hub.client import Hub, RemoteFile, Snapshot
+from l4tool.hub.fetch import fetch
+from l4tool.hub.job import Options
+from l4tool.hub.manifest import MANIFEST
 from l4tool.hub.names import RepoSpec
 from l4tool.hub.transfer import download
 from l4tool.hub.transport import RetryPolicy, Stopped
@@ -134,6 +138,11 @@ def both_files(faults: list[Any]) -> list[Any]:
 STATES = ("fresh", "half", "spoilt", "foreign", "overlong")
 
 
+def in_each_state(cases: list[Any]) -> list[Any]:
+    """Resuming is the same code for both kinds of file: those in git are spared the rarer states."""
+    return [(*case, state) for case in cases for state in (STATES if case[-1] == WEIGHTS else STATES[:2])]
+
+
 def put_state(case: Case, name: str, state: str) -> None:
     """What lies beside the target when the download begins."""
     part = part_path(case.target)
@@ -156,8 +165,7 @@ def label(value: object) -> str:
     return getattr(value, "__name__", str(value or "body"))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize(("kind", "where", "options", "name"), both_files(PASSING), ids=label)
+@pytest.mark.parametrize(("kind", "where", "options", "name", "state"), in_each_state(both_files(PASSING)), ids=label)
 def test_faults_that_pass(
     case: Case, name: str, kind: str, where: str | None, options: dict[str, Any], state: str
 ) -> None:
@@ -250,3 +258,41 @@ def test_a_hash_the_hub_does_not_keep_is_never_accepted(case: Case) -> None:
     with pytest.raises(ChecksumError):
         download(case.hub, case.snapshot, wrong, case.target)
     assert not case.target.exists()
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["", "xet"])
+@pytest.mark.parametrize("resolve_cache", [False, True], ids=["", "resolve-cache"])
+def test_other_ways_of_a_hub(folder: Path, tmp_path: Path, xet: bool, resolve_cache: bool) -> None:
+    """Small files behind a relative redirect; weights that are in Xet come over HTTP all the same."""
+    with HubServer() as server:
+        server.resolve_cache = resolve_cache
+        server.add_repo(NAME, folder, xet=xet)
+        hub = Hub(server.url, token="good-token", policy=QUICK)
+        case = Case(server, hub, hub.snapshot(RepoSpec(NAME)), tmp_path / "out" / "file")
+        for name in DATA:
+            case.download(name)
+            case.assert_right(name)
+            case.target.unlink()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_faults_at_once(server: HubServer, case: Case, seed: int) -> None:
+    """Whole fetches of both files from a hub where anything can go wrong at any time."""
+    dice, faults = random.Random(seed), []
+    for _ in range(14):
+        kind, where, options = dice.choice([fault for fault in PASSING if fault[0] != "hang"])
+        options = {**options, "times": 1}
+        faults.append(server.faults.add(dice.choice(["*", *DATA]), kind, where=where, **options))  # type: ignore[arg-type]
+    out = case.target.parent
+    options = Options(endpoint=server.url, timeout_s=TIMEOUT_S, policy=replace(QUICK, attempts=2), token="good-token")
+    for _ in range(20):
+        try:
+            fetch(NAME, out, options)
+            break
+        except (NetworkError, RateLimited, ChecksumError):
+            for name, data in DATA.items():
+                assert not (out / name).exists() or (out / name).read_bytes() == data
+            assert not (out / MANIFEST).exists()
+    assert {path.name for path in out.iterdir() if path.suffix != ".lock"} == {*DATA, MANIFEST}
+    assert all((out / name).read_bytes() == data for name, data in DATA.items())
+    assert sum(fault.struck for fault in faults) >= 5

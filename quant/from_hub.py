@@ -115,15 +115,15 @@ def _complete_already(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _staging(out: Path, snapshot: Snapshot, keep: Path | None) -> Iterator[Path]:
     """The folder for the source's files, for this commit alone: in `out` until it is complete, or `keep`, locked."""
-    if keep is not None:
-        with write_errors(keep):
-            keep.mkdir(parents=True, exist_ok=True)
-        with output_lock(keep):
-            yield keep
-        return
     root = out / journal.STAGING
     try:
-        yield root / snapshot.commit
+        if keep is None:
+            yield root / snapshot.commit
+        else:
+            with write_errors(keep):
+                keep.mkdir(parents=True, exist_ok=True)
+            with output_lock(keep):
+                yield keep
     finally:
         job = journal.read_journal(out).job or {}  # none: complete, or refused before anything was written
         for path in root.iterdir() if root.is_dir() else ():

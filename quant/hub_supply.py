@@ -27,6 +27,11 @@ AHEAD = 2  # shards beyond the one that is being quantized
 STOP_GRACE_S = 3.0
 
 
+def window_bytes(sizes: Sequence[int], at_once: int = AHEAD + 1) -> int:
+    """Most bytes that lie there at a time when files of these sizes come in this order, `at_once` of them together."""
+    return max((sum(sizes[start : start + at_once]) for start in range(len(sizes))), default=0)
+
+
 def describe(snapshot: Snapshot, revision: str | None) -> dict[str, Any]:
     """What a job made from this snapshot is fingerprinted by: the commit, and the hub's hash of every file."""
     files = {file.path: file.digest for file in wanted_files(snapshot)}
@@ -61,8 +66,7 @@ class HubSupply:
     def room_bytes(self, files: Sequence[Path]) -> int:
         sizes = [self._remote(file).size for file in files]
         at_once = len(files) if self.keep else self.ahead + 1
-        windows = [sum(sizes[start : start + at_once]) for start in range(len(sizes))]
-        return max(windows, default=0) - sum(map(self._bytes_here, files))
+        return window_bytes(sizes, at_once) - sum(map(self._bytes_here, files))
 
     def _bytes_here(self, file: Path) -> int:
         if file.exists() and not is_placeholder(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,12 @@ class Survey:
 
 
 def survey(path: Path) -> Survey:
-    """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no folder."""
-    if not path.is_dir():
-        raise InputMissing(
-            f"{path} is not a folder", hint="give the folder that holds a checkpoint, or a repository id"
-        )
+    """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no readable folder."""
+    try:
+        os.listdir(path)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}" if path.is_dir() else "is not a folder"
+        raise InputMissing(f"{path} {what}", hint="give the folder that holds the checkpoint") from error
     noted = Collector()
     config, arch = _config(path, noted)
     if is_meta(path) and not config:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.reader import Reader
+from l4tool.core.placeholder import require_contents
 from quant import journal
 
 
@@ -47,6 +48,8 @@ class Folder:
         self.folder = folder
 
     def describe(self, reader: Reader) -> dict[str, Any]:
+        for file in reader.weight_files():
+            require_contents(file)
         return journal.describe_folder(reader)
 
     def room_bytes(self, files: Sequence[Path]) -> int:

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 LAYOUTS = ("hf", "meta")
 ORIGINAL = "original/"
 STATE = ".l4tool-fetch"
-OUR_SUFFIXES = (PART_SUFFIX, PART_SUFFIX + ".ledger", PART_SUFFIX + ".ledger.new", MARK_SUFFIX)
+OUR_SUFFIXES = (
+    PART_SUFFIX,
+    PART_SUFFIX + ".ledger",
+    PART_SUFFIX + ".ledger.new",
+    PART_SUFFIX + ".l4tool-xet",
+    MARK_SUFFIX,
+)
 OURS = ("l4tool-manifest.json", LOCK, STATE)
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "README.md")
 HF_SKIPS = (

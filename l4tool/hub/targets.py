@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-from l4tool.core.atomic import fsync_dir, part_path, write_errors
+from l4tool.core.atomic import PART_SUFFIX, fsync_dir, part_path, write_errors
 from l4tool.core.errors import CheckpointError, WriteError
 from l4tool.core.lock import file_lock, output_lock
 from l4tool.core.placeholder import filled, is_placeholder
@@ -19,6 +20,7 @@ from l4tool.hub.local import cache_folder
 from l4tool.hub.manifest import MANIFEST, Entry, Manifest, entry_of, is_unchanged, read_manifest
 from l4tool.hub.part import LEDGER_SUFFIX, read_ledger, remove_part
 from l4tool.hub.selection import STATE
+from l4tool.hub.xet import FOLDER_SUFFIX
 
 # right: known to be; unknown: there in its size, bytes not checked; missing: absent or of another size
 State = Literal["right", "unknown", "missing"]
@@ -233,6 +235,8 @@ class CacheTarget:
 def sweep_parts(folder: Path, snapshot: Snapshot) -> None:
     """Remove the parts below `folder` whose content no file of the snapshot has, and ledgers without a part."""
     digests = {file.digest for file in snapshot.files}
+    for left in [*folder.rglob(f"*{PART_SUFFIX}{FOLDER_SUFFIX}")]:
+        shutil.rmtree(left, ignore_errors=True)
     for ledger in [*folder.rglob(f"*{LEDGER_SUFFIX}")]:
         part = ledger.with_name(ledger.name.removesuffix(LEDGER_SUFFIX))
         target = part.with_name(part.stem)

@@ -38,8 +38,6 @@ class SideFiles:
         self.origin = read_origin(reader.path, reader.config, source)
         self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file is not None else None
         self.copies = {_CARDS.sub("README.source", path.name): path for path in reader.side_files()}
-        if self.licence is not None:
-            self.copies.pop(LICENCE, None)
 
     @property
     def names(self) -> list[str]:
@@ -63,7 +61,7 @@ class SideFiles:
         """Write all of them, and enter the licence into `report`. Raises WriteError."""
         for name, path in self.copies.items():
             write_file(out / name, path.read_bytes())
-        if self.licence is not None:
+        if self.licence is not None:  # over the source's own
             write_file(out / LICENCE, self.licence)
         if self.origin.is_llama:
             write_file(out / NOTICE, self._notice())

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from converters.detect import open_checkpoint
-from l4tool.core.errors import LockHeld, WriteError
+from l4tool.core.errors import CheckpointError, LockHeld, WriteError
 from l4tool.core.lock import LOCK, output_lock
-from quant import journal, pipeline
+from quant import journal, pipeline, stream
 from quant.schemes import make_recipe
 from tests import checkpoints
 
@@ -110,6 +110,37 @@ def test_only_unfinished_tensors_are_done_again(scout_tiny, undisturbed, tmp_pat
     run(scout_tiny, out, "run")
     assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in mtimes.items())
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("setting", [{"CHECKPOINT_BYTES": 100_000}, {"CHECKPOINT_S": 0.0}])
+def test_checkpoints_inside_a_source_file(setting, scout_tiny, undisturbed, tmp_path, monkeypatch):
+    """By bytes and by time: one big source file does not make a kill cost all of it."""
+    source, out = checkpoints.copy(scout_tiny, tmp_path / "source"), tmp_path / "out"
+    checkpoints.save(source, checkpoints.load(source))
+    assert len(checkpoints.shards(source)) == 1
+    for name, value in setting.items():
+        monkeypatch.setattr(stream, name, value)
+    real, calls = stream.Stream._work, []
+
+    def work(self, shard, unit):
+        calls.append(unit)
+        if len(calls) > 100:
+            raise CheckpointError("stopped here")
+        return real(self, shard, unit)
+
+    monkeypatch.setattr(stream.Stream, "_work", work)
+    with pytest.raises(CheckpointError):
+        quantize(source, out)
+    before = journal.read_journal(out)
+    assert sum(len(before.tensors[name]) for name in before.tensors.keys() - before.shards.keys()) > 0
+    assert sum(map(len, before.tensors.values())) > 60
+    monkeypatch.setattr(stream.Stream, "_work", real)
+    quantize(source, out)
+    assert shards_of(contents(out)) == shards_of(undisturbed[0])
+
+
+def shards_of(files):
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
 
 
 def test_rename_without_journal_line(scout_tiny, undisturbed, tmp_path):

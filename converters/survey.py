@@ -62,9 +62,11 @@ def survey(path: Path) -> Survey:
     if is_meta(path) and not config:
         return Survey(path, META, None, _params(path), None, None, [])
     if (path / "quantization_map.json").exists():
-        return Survey(path, QUANTO, arch, config, Shards(path, noted), None, noted.findings)
+        shards = Shards(path, noted)
+        _loose_ends(path, shards, noted)
+        return Survey(path, QUANTO, arch, config, shards, None, noted.findings)
     reader = _open(path, noted) if arch is not None else None
-    shards: Shards = reader.folder if reader is not None else Shards(path, noted)
+    shards = reader.folder if reader is not None else Shards(path, noted)
     _loose_ends(path, shards, noted)
     layout = reader.layout if reader is not None else UNKNOWN
     return Survey(path, layout, arch, config, shards, reader, noted.findings)

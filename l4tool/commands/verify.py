@@ -36,6 +36,7 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
     Exit code, the first that applies: 76 bytes that changed, 66 something missing,
     65 wrong names, shapes or values, 0 sound. All findings are printed.
     """
+    from l4tool.core.console import note
     from l4tool.core.errors import UsageError
 
     if plot is not None and against is None:
@@ -50,7 +51,9 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
     from quant import verification
 
     outcome = verification.verify(paths[0], paths[1] if against is not None else None, jobs)
-    if plot is not None and outcome.compared is not None:
+    if plot is not None and (outcome.compared is None or not outcome.compared.errors):
+        note("no quantized tensor was compared, so there is no picture")
+    elif plot is not None and outcome.compared is not None:
         from quant.error_plot import draw
 
         draw(outcome.compared.errors, plot, f"{paths[0].resolve().name} against {paths[1].resolve().name}")

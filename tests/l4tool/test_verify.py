@@ -70,7 +70,8 @@ def test_json_of_nan_is_json(quantized, maverick_tiny, tmp_path, capsys):
     code, out, _ = run(capsys, folder, "--against", maverick_tiny, "--json")
     outcome = json.loads(out, parse_constant=pytest.fail)
     assert code == 65 and outcome["against"]["tensors"][0]["relative_error"] is None
-    code, out, _ = run(capsys, folder, "--against", maverick_tiny)
+    code, out, _ = run(capsys, folder, "--against", maverick_tiny, "--plot", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
     assert code == 65 and re.search(r"up_proj\.weight +int4 +nan", out)
 
 
@@ -83,6 +84,13 @@ def test_picture(quantized, maverick_tiny, tmp_path, capsys):
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
         assert picture.size == (1350, 1050) and {(0, 114, 178), (230, 159, 0)} <= colours
     assert run(capsys, quantized, "--against", maverick_tiny, "--plot", tmp_path / "no" / "x.png")[0] == 73
+
+
+def test_nothing_to_draw(maverick_tiny, tmp_path, capsys):
+    folder = checkpoints.copy(maverick_tiny, tmp_path / "model")
+    code, out, err = run(capsys, folder, "--against", maverick_tiny, "--plot", tmp_path / "x.png")
+    assert code == 0 and "0 quantized tensors, 107 copied bit for bit" in out
+    assert "there is no picture" in err and not (tmp_path / "x.png").exists()
 
 
 def test_usage(quantized, maverick_tiny, tmp_path, capsys, monkeypatch):

@@ -103,8 +103,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def _send_range(self, file: StoredFile, asked: ByteRange, headers: dict[str, str], fault: Fault | None) -> None:
         kind = fault.kind if fault else None
-        if kind == "no-range":
-            asked = ByteRange(0, file.size, file.size, asked=False)
+        if kind in ("no-range", "other-range"):
+            asked = ByteRange(0, file.size, file.size, asked=asked.asked and kind == "other-range")
         count = asked.stop - asked.start
         if fault and kind == "short":
             count -= min(fault.after_bytes, count)

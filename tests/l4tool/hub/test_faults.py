@@ -126,6 +126,7 @@ PASSING: list[tuple[str, str | None, dict[str, Any]]] = [
     ("wrong-bytes", None, {"after_bytes": 850_000}),
     ("no-range", None, {}),
     ("wrong-range", None, {}),
+    ("other-range", None, {}),
     ("no-length", None, {}),
 ]
 
@@ -225,6 +226,24 @@ def test_a_resumed_download_asks_for_what_is_missing(case: Case, name: str) -> N
     assert {request.range for request in case.server.requests} == {f"bytes={HALF}-"}
 
 
+def test_a_server_without_ranges_sends_the_file_once(case: Case) -> None:
+    case.leave_half(WEIGHTS)
+    case.server.faults.add(WEIGHTS, "no-range", times=None)
+    case.download(WEIGHTS)
+    case.assert_right(WEIGHTS)
+    assert case.server.bytes_sent(WEIGHTS) == len(DATA[WEIGHTS]) and not case.said
+
+
+def test_a_range_that_was_not_asked_for_is_not_taken(case: Case) -> None:
+    """Found in the headers: what is there stays, and nothing has to be downloaded twice."""
+    case.leave_half(WEIGHTS)
+    case.server.faults.add(WEIGHTS, "other-range")
+    case.download(WEIGHTS)
+    case.assert_right(WEIGHTS)
+    assert [request.range for request in case.server.requests if request.port == "cdn"] == [f"bytes={HALF}-"] * 2
+    assert len(case.said) == 1 and "asked for bytes" in case.said[0]
+
+
 def test_a_flipped_bit_in_the_part_costs_a_second_download_and_is_never_published(case: Case) -> None:
     put_state(case, WEIGHTS, "spoilt")
     case.download(WEIGHTS)
@@ -239,8 +258,10 @@ def test_another_revision_does_not_use_the_part_of_this_one(case: Case, tmp_path
     (tmp_path / "next" / WEIGHTS).write_bytes(DATA[WEIGHTS][::-1])
     case.server.add_repo(NAME, tmp_path / "next", branch="next")
     snapshot = case.hub.snapshot(RepoSpec(NAME, "next"))
+    case.server.requests.clear()
     download(case.hub, snapshot, snapshot.file(WEIGHTS), case.target)
     assert case.target.read_bytes() == DATA[WEIGHTS][::-1]
+    assert case.server.bytes_sent(WEIGHTS) == len(DATA[WEIGHTS])
 
 
 def test_retry_after_is_honoured(case: Case) -> None:

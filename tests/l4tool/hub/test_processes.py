@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -48,15 +50,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk: Path, leave_bytes: int = 0) -> Path:
-    """Another program's file, that leaves `leave_bytes` free."""
+    """Another program's file, that leaves `leave_bytes` free; a fetch may be writing at the same time."""
     ballast = disk / "ballast"
-    free = os.statvfs(disk)
     with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
+        size = 0
+        while (room := shutil.disk_usage(disk).free - leave_bytes) > 0:
+            with contextlib.suppress(OSError):  # taken in between
+                os.posix_fallocate(file.fileno(), size, room)
+                size += room
     return ballast
 
 

@@ -90,11 +90,13 @@ class Job:
             file.path in known.files
             and known.files[file.path].digest == file.digest
             and self.target.state(file) == "right"
+            and (self.target.folder / file.path).is_file()
             for file in self.files
         )
 
     def run(self) -> int:
         """Do it all; returns the bytes that came over the network. Raises as `fetch`."""
+        self.target.check_owner()
         if any(self.target.state(file) == "missing" for file in self.files):
             if licence.is_llama(self.snapshot.card, self.snapshot.repo_id):
                 licence.accept(self.snapshot.repo_id, self.options.accept_license)

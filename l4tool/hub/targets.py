@@ -22,6 +22,7 @@ from l4tool.hub.part import LEDGER_SUFFIX, read_ledger, remove_part
 from l4tool.hub.selection import STATE
 from l4tool.hub.xet import FOLDER_SUFFIX
 
+QUANTIZED = ("l4tool-report.json", "l4tool-journal.jsonl")  # what quantize leaves in its outputs
 # right: known to be; unknown: there in its size, bytes not checked; missing: absent or of another size
 State = Literal["right", "unknown", "missing"]
 
@@ -33,6 +34,9 @@ class Target(Protocol):
 
     def prepare(self) -> None:
         """Make the folders that the lock needs."""
+
+    def check_owner(self) -> None:
+        """Raises WriteError for a place that holds something else."""
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         """Keep other fetches of the same target out. Raises LockHeld."""
@@ -67,8 +71,9 @@ class Target(Protocol):
 class FolderTarget:
     """A plain folder. `.l4tool-fetch/done.jsonl` says which files are finished while the manifest is not there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, repo_id: str = "") -> None:
+        self.folder, self.repo_id = folder, repo_id
+        self._owner = folder / STATE / "repository"
         self._ledger = folder / STATE / "done.jsonl"
         self._mutex = threading.Lock()
         self.reload()
@@ -76,6 +81,19 @@ class FolderTarget:
     def prepare(self) -> None:
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def check_owner(self) -> None:
+        """Another repository's files, or a quantized checkpoint, would be overwritten name by name."""
+        owner = None
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(self.folder)
+            owner = manifest.repo_id if manifest is not None else None
+        with contextlib.suppress(OSError):
+            owner = owner or self._owner.read_text().strip()
+        if any((self.folder / name).exists() for name in QUANTIZED):
+            owner = "a quantized checkpoint"
+        if owner not in (None, "", self.repo_id):
+            raise WriteError(f"{self.folder} holds {owner}, not {self.repo_id}", hint="choose another folder with -o")
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         return output_lock(self.folder, wait)
@@ -134,6 +152,8 @@ class FolderTarget:
         """The ledger takes over what the manifest knew, without the wrong ones."""
         with write_errors(self._ledger):
             self._ledger.unlink(missing_ok=True)
+            self._ledger.parent.mkdir(exist_ok=True)
+            self._owner.write_text(self.repo_id + "\n")
         for file in kept:
             self.done(file)
         for file in wrong:
@@ -144,6 +164,7 @@ class FolderTarget:
     def finish(self, spec_revision: str | None) -> None:
         with contextlib.suppress(OSError):
             self._ledger.unlink(missing_ok=True)
+            self._owner.unlink(missing_ok=True)
             self._ledger.parent.rmdir()
 
 
@@ -166,6 +187,9 @@ class CacheTarget:
         for folder in (self.root / "blobs", self.folder, self._locks):
             with write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+
+    def check_owner(self) -> None:
+        """The folder's name is the repository's."""
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         return file_lock(self._locks / "l4tool-fetch.lock", f"another run is fetching into {self.root}", wait)

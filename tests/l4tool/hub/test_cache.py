@@ -57,6 +57,12 @@ def test_verify_replaces_a_rotten_blob(server, source, cache):
     assert (folder / SHARD).read_bytes() == (source / SHARD).read_bytes()
 
 
+def test_lost_link_is_made_again(server, cache):
+    folder = fetch(REPO, None, options(server)).folder
+    (folder / SHARD).unlink()
+    assert fetch(REPO, None, options(server)).fetched_bytes == 0 and (folder / SHARD).is_file()
+
+
 def test_revisions_share_blobs(server, source, cache, tmp_path):
     first = fetch(REPO, None, options(server)).folder
     new = tmp_path / "new"

@@ -230,6 +230,25 @@ def test_second_fetch_of_the_same_folder(server, source, out):
     assert right(out, source)
 
 
+def test_folder_of_something_else_is_left_alone(server, source, out, tmp_path):
+    server.add_repo("demo/Other", make_files(tmp_path / "other"))
+    server.faults.add(OTHER, "status", status=404, times=None, where="resolve")
+    with pytest.raises(InputMissing):
+        fetch(REPO, out, options(server))
+    with pytest.raises(WriteError) as error:  # unfinished
+        fetch("demo/Other", out, options(server))
+    assert REPO in error.value.message
+    server.faults.clear()
+    fetch(REPO, out, options(server))
+    with pytest.raises(WriteError):
+        fetch("demo/Other", out, options(server))
+    assert right(out, source)
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized/l4tool-report.json").write_text("{}")
+    with pytest.raises(WriteError):
+        fetch(REPO, tmp_path / "quantized", options(server))
+
+
 def test_gates(server, source, out):
     server.add_repo(REPO, source, gated=True)
     for token, error in (("stranger-token", AccessDenied), ("bad-token", AuthError)):

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from l4tool.core.errors import AuthError, ChecksumError, NetworkError, RateLimited
+from l4tool.hub import transfer
 from l4tool.hub.client import Hub
 from l4tool.hub.transfer import download
 from l4tool.hub.transport import Retry, RetryPolicy, Stopped, http, retry_after_s, retrying, short_url
@@ -147,6 +148,18 @@ def test_read_range(server, source):
     assert hub.read_range(snapshot, SHARD, 100, 200) == data[100:200]
     server.faults.add(SHARD, "cut", after_bytes=10)
     assert hub.read_range(snapshot, SHARD, 100, 200) == data[100:200]
+
+
+def test_huge_files_come_in_several_answers(server, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "MAX_ANSWER_BYTES", 300_000)
+    hub, snapshot = open_hub(server)
+    download(hub, snapshot, snapshot.file(SHARD), tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == (source / SHARD).read_bytes()
+    ranges = [r.range for r in server.requests if r.port == "cdn"]
+    assert ranges == ["bytes=0-299999", "bytes=300000-599999", "bytes=600000-"]
+    server.faults.add(SHARD, "no-range")  # all of it, though a piece was asked for
+    download(hub, snapshot, snapshot.file(SHARD), tmp_path / "g")
+    assert (tmp_path / "g").read_bytes() == (source / SHARD).read_bytes()
 
 
 def test_stop_breaks_a_wait_for_bytes(server, tmp_path):

@@ -48,6 +48,13 @@ def paths_apart(source: Path, out: Path) -> None:
         raise UsageError(f"the output {out} lies inside the source {source}", hint="choose another folder with -o")
 
 
+def keep_apart(keep: Path, out: Path) -> None:
+    """Raises UsageError when the folder for the source's files and the output lie in each other."""
+    inner, outer = keep.resolve(), out.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise UsageError(f"--keep-source {keep} and the output {out} lie in each other", hint="choose separate folders")
+
+
 def output_usable(out: Path) -> None:
     """Raises WriteError for an output that is a file, or holds anything that no quantize run has written."""
     if out.exists() and not out.is_dir():

@@ -48,8 +48,7 @@ def quantize_repo(
     checks.device_usable(options.device)
     checks.output_usable(out)
     if how.keep is not None:
-        checks.paths_apart(how.keep, out)
-        checks.paths_apart(out, how.keep)
+        checks.keep_apart(how.keep, out)
     snapshot = _resolve(hub, spec, out, options.force)
     job = journal.fingerprint(recipe, options.device, options.max_shard_bytes, describe(snapshot, spec.revision))
     done = None if options.force or options.licence else _complete_already(out, job)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l4tool.core.errors import UsageError
+from l4tool.core.errors import InputMissing, UsageError
 
 if TYPE_CHECKING:
     from quant import pipeline
@@ -120,5 +120,8 @@ def _folder(source: str, out: Path, keep: Path | None) -> Path | None:
     from quant.journal import begun_from_repo
 
     if not is_repo(source):
+        if not Path(source).exists():
+            hint = "give a checkpoint folder, a short name such as scout, or org/name"
+            raise InputMissing(f"{source!r} is neither a folder nor a repository", hint=hint)
         return Path(source)
     return None if keep is not None or begun_from_repo(out) else locate(source)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import threading
@@ -14,7 +13,7 @@ from huggingface_hub import constants
 
 from converters.detect import open_checkpoint
 from l4tool.core import errors
-from l4tool.core.errors import InputMissing, L4Error, WriteError
+from l4tool.core.errors import InputMissing, L4Error, UsageError, WriteError
 from l4tool.hub import fetch
 from l4tool.hub.client import Hub
 from l4tool.hub.local import locate
@@ -388,7 +387,7 @@ def test_folder_wins_then_the_cache(server, source, tmp_path, monkeypatch, capsy
     assert main(["quantize", REPO, "--int4", "-o", "local"]) == 0
     assert len(server.requests) == since
     assert main(["quantize", "scoutt", "--int4", "-o", "none"]) == errors.EXIT_NO_INPUT
-    assert re.search(r"scoutt", capsys.readouterr().err)
+    assert "'scoutt' is neither a folder nor a repository" in capsys.readouterr().err
 
 
 def test_keep_source(server, source, from_folder, tmp_path):
@@ -409,6 +408,9 @@ def test_keep_source(server, source, from_folder, tmp_path):
     assert fetch.fetch(f"{REPO}@{commit}", keep, fetch.Options(endpoint=server.url)).fetched_bytes == 0
     assert not weights(server, since)
     open_checkpoint(keep).read("language_model.model.norm.weight")
+    for inside in (out / "source", out, tmp_path):
+        with pytest.raises(UsageError, match="lie in each other"):
+            quantize(server, out, Download(keep=inside))
 
 
 def test_a_placeholder_is_never_read(server, tmp_path):

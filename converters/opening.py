@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from converters.config_only import ConfigOnly
@@ -19,13 +20,12 @@ def open_headers(text: str, config_alone: bool = False) -> Reader:
     read, and kept in the user's cache; its weights cannot be read.
     Raises InputMissing, CheckpointError, and the hub's errors.
     """
-    path = Path(text)
-    folder = path if path.is_dir() else locate(text)
+    folder = locate(text) if text else None
     if folder is not None:
         return open_checkpoint(folder)
-    if path.is_file():
-        if config_alone and path.suffix == ".json":
-            return ConfigOnly(path)
+    if os.path.isfile(text):
+        if config_alone and text.endswith(".json"):
+            return ConfigOnly(Path(text))
         raise InputMissing(f"{text} is a file, not a checkpoint folder", hint="give the folder that holds config.json")
     if not is_repo(text):
         what = "a folder, a config.json nor a repository" if config_alone else "a folder nor a repository"

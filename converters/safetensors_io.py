@@ -19,7 +19,7 @@ import torch
 
 from converters.fields import parse_json
 from l4tool.core.errors import CheckpointError, InputMissing
-from l4tool.core.placeholder import is_placeholder
+from l4tool.core.placeholder import require_contents
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES: dict[str, torch.dtype] = {
@@ -96,11 +96,7 @@ class SafetensorsFile:
     def _mapped(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
-                if is_placeholder(self.path):
-                    raise InputMissing(
-                        f"{self.path} holds a header only, its weights are not here",
-                        hint="download the checkpoint first: l4tool fetch",
-                    )
+                require_contents(self.path)
                 try:
                     with open(self.path, "rb") as file:
                         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from converters.folder import Shards
 from converters.table_reader import TableReader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import EXIT_NO_INPUT, InputMissing, L4Error
-from l4tool.core.placeholder import is_placeholder
 
 META, QUANTO, UNKNOWN = "meta", "quanto", "unknown"
 LAYOUTS = {
@@ -51,19 +51,22 @@ class Survey:
 
 
 def survey(path: Path) -> Survey:
-    """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no folder."""
-    if not path.is_dir():
-        raise InputMissing(
-            f"{path} is not a folder", hint="give the folder that holds a checkpoint, or a repository id"
-        )
+    """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no readable folder."""
+    try:
+        os.listdir(path)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}" if path.is_dir() else "is not a folder"
+        raise InputMissing(f"{path} {what}", hint="give the folder that holds the checkpoint") from error
     noted = Collector()
     config, arch = _config(path, noted)
     if is_meta(path) and not config:
         return Survey(path, META, None, _params(path), None, None, [])
     if (path / "quantization_map.json").exists():
-        return Survey(path, QUANTO, arch, config, Shards(path, noted), None, noted.findings)
+        shards = Shards(path, noted)
+        _loose_ends(path, shards, noted)
+        return Survey(path, QUANTO, arch, config, shards, None, noted.findings)
     reader = _open(path, noted) if arch is not None else None
-    shards: Shards = reader.folder if reader is not None else Shards(path, noted)
+    shards = reader.folder if reader is not None else Shards(path, noted)
     _loose_ends(path, shards, noted)
     layout = reader.layout if reader is not None else UNKNOWN
     return Survey(path, layout, arch, config, shards, reader, noted.findings)
@@ -115,6 +118,3 @@ def _loose_ends(path: Path, shards: Shards, noted: Collector) -> None:
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in known and file.name not in bad:
             noted.add(Finding("stray-file", f"{file} is named by no index", file.name, exit_code=0))
-        elif is_placeholder(file):
-            what = f"{file} holds a header only, its weights are not here"
-            noted.add(Finding("missing-file", what, file.name, None, EXIT_NO_INPUT, "fetch it"))

@@ -34,24 +34,24 @@ class SideFiles:
     """
 
     def __init__(self, reader: Reader, licence_file: Path | None = None, source: str = "") -> None:
-        self.reader = reader
+        self.reader, self.source = reader, source
         self.origin = read_origin(reader.path, reader.config, source)
-        self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file else None
+        self.licence = _read_licence(licence_file, self.origin.is_llama) if licence_file is not None else None
         self.copies = {_CARDS.sub("README.source", path.name): path for path in reader.side_files()}
 
     @property
     def names(self) -> list[str]:
         """Every file that `write` creates."""
-        made = [CARD, *([NOTICE] if self.origin.is_llama else []), *([LICENCE] if self.licence else [])]
+        made = [CARD, *([NOTICE] if self.origin.is_llama else []), *([LICENCE] if self.licence is not None else [])]
         return sorted({*self.copies, *made})
 
     def tell(self, out: Path, recipe: Recipe) -> None:
         """Say beforehand what the licence asks for and this output would lack: the licence's text, a Llama name."""
-        if "LICENSE" in self._missing():
-            where = self.reader.path
+        if LICENCE in self._missing():
+            where = self.source or str(self.reader.path)
+            first = f", or first `l4tool fetch {self.origin.repo or 'REPO'} --include 'LICENSE*' -o {where}`"
             note(
-                f"{where} has no LICENSE, which every copy must carry: add --license FILE, or first "
-                f"`l4tool fetch {self.origin.repo or 'REPO'} --include 'LICENSE*' -o {where}`"
+                f"{where} has no LICENSE, which every copy must carry: add --license FILE{'' if self.source else first}"
             )
         if self.origin.is_llama and not out.name.startswith(licence.NAME_PREFIX):
             name = suggested_name(self.origin, recipe)
@@ -60,9 +60,8 @@ class SideFiles:
     def write(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> None:
         """Write all of them, and enter the licence into `report`. Raises WriteError."""
         for name, path in self.copies.items():
-            if name != LICENCE or self.licence is None:
-                write_file(out / name, path.read_bytes())
-        if self.licence is not None:
+            write_file(out / name, path.read_bytes())
+        if self.licence is not None:  # over the source's own
             write_file(out / LICENCE, self.licence)
         if self.origin.is_llama:
             write_file(out / NOTICE, self._notice())
@@ -76,10 +75,17 @@ class SideFiles:
             "missing": self._missing(),
         }
 
-    def add_licence(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
-        """Put the given licence into an output that is complete without it; returns the report. Raises WriteError."""
-        self.write(out, recipe, plan, report)
-        write_file(out / journal.REPORT, json.dumps(report, indent=2) + "\n")
+    def complete(self, out: Path, recipe: Recipe, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+        """Mend a finished output that lacks licence files which are there by now; returns the report.
+
+        Otherwise nothing is written: the card may have been edited since. Raises WriteError.
+        """
+        is_new = self.licence is not None and not _holds(out / LICENCE, self.licence)
+        lacked = set(report.get("license", {}).get("missing", []))
+        if is_new or lacked - set(self._missing()):
+            note("licence files and model card are written again")
+            self.write(out, recipe, plan, report)
+            write_file(out / journal.REPORT, json.dumps(report, indent=2) + "\n")
         return report
 
     def _missing(self) -> list[str]:
@@ -94,6 +100,10 @@ class SideFiles:
         if licence.NOTICE in " ".join(old.decode(errors="replace").split()):
             return old
         return old.rstrip() + (b"\n\n" if old.strip() else b"") + f"{licence.NOTICE}\n".encode()
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 def _read_licence(path: Path, is_llama: bool) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from l4tool.core.errors import CheckpointError, DeviceError, UsageError, WriteEr
 from l4tool.core.lock import LOCK
 from l4tool.core.sizes import format_bytes
 from quant import journal
+from quant.journal import STAGING
 from quant.plan import Plan
 
 SLACK_BYTES = 64 * 2**20  # side files, report, index
@@ -46,6 +48,13 @@ def paths_apart(source: Path, out: Path) -> None:
         raise UsageError(f"the output {out} lies inside the source {source}", hint="choose another folder with -o")
 
 
+def keep_apart(keep: Path, out: Path) -> None:
+    """Raises UsageError when the folder for the source's files and the output lie in each other."""
+    inner, outer = keep.resolve(), out.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise UsageError(f"--keep-source {keep} and the output {out} lie in each other", hint="choose separate folders")
+
+
 def output_usable(out: Path) -> None:
     """Raises WriteError for an output that is a file, or holds anything that no quantize run has written."""
     if out.exists() and not out.is_dir():
@@ -64,7 +73,7 @@ def begin(out: Path, job: dict[str, Any], force: bool) -> dict[str, Any] | None:
     if old is None and report is not None:
         old = report["job"]
     if old is None and (out / journal.JOURNAL).is_file() and not force:
-        if [entry.name for entry in out.iterdir() if entry.name not in (LOCK, journal.JOURNAL)]:
+        if [entry.name for entry in out.iterdir() if entry.name not in (LOCK, STAGING, journal.JOURNAL)]:
             raise WriteError(f"the journal in {out} cannot be read", hint=journal.FORCE_HINT)
         return None
     changed = None if old is None else journal.difference(old, job)
@@ -74,23 +83,29 @@ def begin(out: Path, job: dict[str, Any], force: bool) -> dict[str, Any] | None:
         state = "complete" if report is not None else "unfinished"
         raise WriteError(f"{out} holds another, {state} run: {changed}", hint=journal.FORCE_HINT)
     if force:
-        journal.remove_output(out, old or job)
+        journal.remove_output(out, old or job, keep_staging="repo" in job["source"])
         return None
     return report if report is not None and not (out / journal.JOURNAL).is_file() else None
 
 
-def disk_space(out: Path, plan: Plan, finished: dict[str, Any]) -> None:
-    """Raises WriteError when the disk cannot take what is still to be written."""
+def disk_space(out: Path, plan: Plan, finished: Container[str], source: Path, source_bytes: int) -> None:
+    """Raises WriteError when the disk cannot take what is still to be written.
+
+    `source_bytes` more will lie in the folder `source` while it is read.
+    """
     todo = [shard for shard in plan.shards if shard.file_name not in finished]
     reusable = 0
     for shard in todo:
         for path in (out / shard.file_name, part_path(out / shard.file_name)):
             if path.exists():
                 reusable += path.stat().st_blocks * 512
-    needed = sum(shard.nbytes for shard in todo) + SLACK_BYTES
-    free = shutil.disk_usage(out).free + reusable
-    if needed > free:
-        raise WriteError(
-            f"{out}: {format_bytes(needed)} are still to be written, the disk has {format_bytes(free)} free",
-            hint="free some space, or choose another output with -o",
-        )
+    needed = sum(shard.nbytes for shard in todo) + SLACK_BYTES - reusable
+    if source_bytes and source.stat().st_dev == out.stat().st_dev:
+        needed, source_bytes = needed + source_bytes, 0
+    for folder, still in ((out, needed), (source, source_bytes)):
+        free = shutil.disk_usage(folder).free
+        if still > free:
+            raise WriteError(
+                f"{folder}: {format_bytes(still)} are still to be written, the disk has {format_bytes(free)} free",
+                hint="free some space, or choose another output with -o",
+            )

@@ -122,7 +122,7 @@ def _run(
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             info = running.pop(future)
             used.append(info.name)
-            if len(used) > 2 * threads + READ_AHEAD:  # gate and up of one expert share their pages
+            if len(used) > threads + READ_AHEAD:  # gate and up of one expert share their pages
                 source.release(used.popleft())
             yield info, future.result()
 
@@ -149,7 +149,9 @@ def _copied(target: Reader, source: Reader, info: TensorInfo) -> Finding | bool:
         return Finding("copy", f"{other.file}: tensor {info.name!r} {what}", other.file.name, info.name)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.dtype.itemsize]
     theirs, ours = theirs.view(bits), ours.view(bits)
-    if torch.equal(theirs, ours):
+    equal = torch.equal(theirs, ours)
+    target.release(info.name)
+    if equal:
         return True
     number = int((theirs != ours).sum())
     what = f"differs from the source in {number:,} of {ours.numel():,} values, though it is not quantized"

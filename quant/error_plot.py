@@ -45,7 +45,8 @@ def draw(errors: Sequence[TensorError], path: Path, title: str) -> None:
     series = _series(shown)
     _histogram(top, series, shown)
     _layers(bottom, series)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    if series:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     left_out = len(errors) - len(shown)
     note = f"; {left_out} with an error above {MAX_ERROR:g} not shown" if left_out else ""
     figure.suptitle(f"Quantization error: {title}", fontsize=12)
@@ -64,7 +65,13 @@ def _series(errors: Sequence[TensorError]) -> dict[tuple[str, str], list[TensorE
 
 
 def _histogram(axes: Any, series: dict[tuple[str, str], list[TensorError]], shown: Sequence[TensorError]) -> None:
-    values = [100 * one.relative_error for one in shown] or [0.0]
+    axes.set_xlabel("relative error of a tensor, ‖w − ŵ‖ / ‖w‖ (Frobenius), %")
+    axes.set_ylabel("number of tensors")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    _tidy(axes)
+    if not shown:
+        return
+    values = [100 * one.relative_error for one in shown]
     low, high = min(values), max(values)
     margin = max((high - low) * 0.03, high * 0.005, 1e-6)
     num_bins = min(max(2 * math.isqrt(len(values)), MIN_BINS), MAX_BINS)
@@ -74,10 +81,6 @@ def _histogram(axes: Any, series: dict[tuple[str, str], list[TensorError]], show
         bins=edges, stacked=True, color=[COLOURS[group] for group, _ in series],
         label=[_label(*key, members) for key, members in series.items()], edgecolor="white", linewidth=0.4,
     )  # fmt: skip
-    axes.set_xlabel("relative error of a tensor, ‖w − ŵ‖ / ‖w‖ (Frobenius), %")
-    axes.set_ylabel("number of tensors")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    _tidy(axes)
 
 
 def _label(group: str, kind: str, members: Sequence[TensorError]) -> str:
@@ -103,7 +106,9 @@ def _layers(axes: Any, series: dict[tuple[str, str], list[TensorError]]) -> None
         )  # fmt: skip
     axes.set_xlabel("layer (point: mean of its tensors; bar: smallest to largest)")
     axes.set_ylabel("relative error, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -0.6), max(high, 0.6))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _tidy(axes)
 
 

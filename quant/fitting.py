@@ -143,12 +143,12 @@ def cannot_split(text: TextArch, count: int) -> str | None:
 
 
 def would_fit(arch: Arch, model: Weights, hardware: Hardware, demand: Demand) -> list[Hardware]:
-    """What to use instead: more GPUs of this kind (the fewest that do), and larger ones in the same number."""
-    more = (Hardware(hardware.gpu, count) for count in MORE_GPUS if count > hardware.count)
-    enough = next((other for other in more if fit_on(arch, model, other, demand).fits), None)
-    larger = [Hardware(gpu, hardware.count) for gpu in GPUS if gpu.usable_bytes > hardware.gpu.usable_bytes]
-    found = [other for other in larger if fit_on(arch, model, other, demand).fits]
-    return ([enough] if enough else []) + found
+    """What to use instead: of this kind of GPU and of each larger one the fewest that do, at least as many as asked."""
+    kinds = [hardware.gpu, *(gpu for gpu in GPUS if gpu.usable_bytes > hardware.gpu.usable_bytes)]
+    counts = sorted({hardware.count, *(count for count in MORE_GPUS if count > hardware.count)})
+    ways = ((Hardware(gpu, count) for count in counts) for gpu in kinds)
+    found = [next((way for way in each if fit_on(arch, model, way, demand).fits), None) for each in ways]
+    return [way for way in found if way is not None]
 
 
 def _per_gpu(text: TextArch, count: int) -> TextArch:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from quant.schemes import Recipe
 
 JOURNAL = "l4tool-journal.jsonl"
 REPORT = "l4tool-report.json"
+STAGING = ".source"  # shards of a streamed source, until they are used up
 FORM = 2  # of the journal; 1 knew whole shards only
+PAPERS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
 
@@ -43,9 +46,9 @@ def describe_folder(reader: Reader) -> dict[str, Any]:
     """Of each file that the output is made from: size, mtime, and SHA-256 of samples.
 
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
-    quantizing. Small files are hashed whole.
+    quantizing. Small files are hashed whole. Licence files and model card are left out: they may come later.
     """
-    return {path.name: _describe(path) for path in source_files(reader)}
+    return {path.name: _describe(path) for path in source_files(reader) if not path.name.startswith(PAPERS)}
 
 
 def source_files(reader: Reader) -> list[Path]:
@@ -76,8 +79,16 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         changed = [key for key, value in new["recipe"].items() if before.get(key) != value]
         return f"it was begun with other options ({', '.join(changed)})"
     before, after = old.get("source") or {}, new["source"]
+    named = [describe_repo(source) for source in (before, after)]
+    if named[0] != named[1]:
+        return f"its source was {named[0] or 'a folder'}, now it is {named[1] or 'a folder'}"
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return f"the source has changed since ({', '.join(changed[:5])})" if changed else None
+
+
+def describe_repo(source: dict[str, Any]) -> str | None:
+    """A streamed source in words; None for a folder."""
+    return f"{source['repo']} at {source['commit'][:12]}" if "repo" in source else None
 
 
 @dataclass(frozen=True)
@@ -164,16 +175,27 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     return report if complete else None
 
 
+def begun_job(folder: Path) -> dict[str, Any]:
+    """The job that the folder's unfinished or complete run was made for; {} where there is none."""
+    report = read_report(folder)
+    return read_journal(folder).job or (report["job"] if report is not None else {})
+
+
+def begun_from_repo(folder: Path) -> bool:
+    """True where that job streams from a repository."""
+    return "repo" in begun_job(folder).get("source", {})
+
+
 def is_ours(folder: Path) -> bool:
     """True for a folder that a quantize run has written or begun."""
     return (folder / JOURNAL).is_file() or read_report(folder) is not None
 
 
 def is_empty(folder: Path) -> bool:
-    return not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir())
+    return not folder.exists() or all(entry.name in (LOCK, STAGING) for entry in folder.iterdir())
 
 
-def remove_output(folder: Path, job: dict[str, Any]) -> None:
+def remove_output(folder: Path, job: dict[str, Any], keep_staging: bool) -> None:
     """Delete what a run of `job` wrote (files and their `.part`), config.json first; nothing else."""
     names = ["config.json", INDEX, *job.get("files", []), REPORT, JOURNAL]
     with write_errors(folder):
@@ -181,3 +203,5 @@ def remove_output(folder: Path, job: dict[str, Any]) -> None:
             path = folder / Path(name).name
             path.unlink(missing_ok=True)
             part_path(path).unlink(missing_ok=True)
+        if not keep_staging and (folder / STAGING).is_dir():
+            shutil.rmtree(folder / STAGING)

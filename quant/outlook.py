@@ -14,13 +14,13 @@ from converters.reader import Reader
 from l4tool.core.errors import UsageError
 from quant.checks import SLACK_BYTES
 from quant.fitting import Demand, Fitting, Hardware, Weights, fit_on, weigh, would_fit
-from quant.plan import BASE_BYTES, Budget, Plan, build_plan, make_budget, split
+from quant.hub_supply import window_bytes
+from quant.plan import BASE_BYTES, Budget, Plan, build_plan, make_budget, split, unfinished
 from quant.schemes import Recipe
 
 STORED = "stored"  # the checkpoint as it is
 # bf16 read per second on two cores, the slower of what was measured where a scheme was not: docs/benchmarks.md
 GIGABYTES_PER_S = {"int4": 0.83, "fp8": 0.79, "mixed": 0.79}
-STREAMED_SHARDS = 3  # one in work, two ahead, when a repository is quantized as it is downloaded
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def _outlook(
 def _making(reader: Reader, recipe: Recipe, plan: Plan, question: Question) -> Making:
     budget = make_budget(plan, question.memory_bytes, question.jobs)
     source, output = source_file_bytes(reader), sum(shard.nbytes for shard in plan.shards) + SLACK_BYTES
-    shards = sorted((path.stat().st_size for path in reader.weight_files()), reverse=True)
+    shards = [path.stat().st_size for path in unfinished(plan, {})] if reader.weight_files() else []
     rate = GIGABYTES_PER_S[recipe.scheme]
     seconds = source / (rate * 1e9)
     disk_s = (source + output) / question.disk_bytes_per_s if question.disk_bytes_per_s else 0.0
     return Making(
         source_file_bytes=source,
         disk_bytes=output,
-        streaming_disk_bytes=output + sum(shards[:STREAMED_SHARDS]) if shards else None,
+        streaming_disk_bytes=output + window_bytes(shards) if shards else None,
         memory_bytes=BASE_BYTES + budget.jobs * _largest_unit_bytes(plan, budget),
         pieces_at_once=budget.jobs,
         gigabytes_per_s=rate,

@@ -31,7 +31,11 @@ def verdicts(outlooks: list[Outlook], names: dict[str, str], question: Question)
             lines.append(f"{name} fits {question.hardware}.")
             continue
         others = [str(other) for other in outlook.would_fit[:MOST_NAMED]]
-        instead = f"It fits {', '.join(others)}." if others else "No GPU of the table is large enough in this number."
+        instead = (
+            f"It fits {', '.join(others)}."
+            if others
+            else "No number of GPUs of the table that divides the model is enough."
+        )
         if outlook.schemes_that_fit:
             instead += f" On {question.hardware}: {' or '.join(names[scheme] for scheme in outlook.schemes_that_fit)}."
         lines.append(f"{name} does not fit {question.hardware}: {_reason(outlook, question)}. {instead}")

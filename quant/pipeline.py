@@ -17,7 +17,7 @@ from l4tool.core.console import note
 from l4tool.core.lock import output_lock
 from quant import checks, journal, report
 from quant.card import SideFiles
-from quant.plan import Budget, Plan, build_plan, make_budget
+from quant.plan import Budget, Plan, build_plan, make_budget, unfinished
 from quant.resume import take_up
 from quant.schemes import Recipe, quantization_config
 from quant.stream import Stream
@@ -47,18 +47,24 @@ def quantize(reader: Reader, out: Path, recipe: Recipe, options: Options) -> dic
     started_s = time.monotonic()
     plan, budget = prepare(reader, out, recipe, options)
     with claim(out):
-        return run(reader, out, recipe, options, plan, budget, Folder(), started_s)
+        return run(reader, out, recipe, options, plan, budget, Folder(reader.path), started_s)
 
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Hold the output folder, made if need be."""
+    """Hold the output folder, made if need be; one that is still empty at the end goes again."""
     checks.output_usable(out)
+    is_new = not out.exists()
     with write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with output_lock(out):
-        checks.output_usable(out)
-        yield
+    try:
+        with output_lock(out):
+            checks.output_usable(out)
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
 
 
 def run(
@@ -78,10 +84,11 @@ def run(
     done = checks.begin(out, job, options.force)
     if done is not None:
         note(f"{out} is already complete: the same source and options, nothing to do")
-        return side.add_licence(out, recipe, plan, done | {"job": job}) if options.licence else done
+        return side.complete(out, recipe, plan, done | {"job": job})
     side.tell(out, recipe)
     before = take_up(out, plan, journal.read_journal(out))
-    checks.disk_space(out, plan, before.shards)
+    files = list(unfinished(plan, before.tensors))
+    checks.disk_space(out, plan, before.shards, supply.folder, supply.room_bytes(files))
     log = journal.Journal(out, job, before)
     try:
         finished = sum(map(len, before.tensors.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,13 +101,17 @@ def build_plan(reader: Reader, recipe: Recipe, device: str, max_shard_bytes: int
     return Plan(shards, grouped, *totals, classes)
 
 
-def by_source(plan: Plan) -> dict[Path, list[tuple[int, Item]]]:
-    """Source files in the order of their first use → their items, each with the number of its shard."""
+def unfinished(plan: Plan, finished: Mapping[str, Container[str]]) -> dict[Path, list[tuple[int, Item]]]:
+    """Source files in the order of their first use → the items they are still needed for, with their shard's number.
+
+    `finished`: file name of a shard → names of the tensors that are in it.
+    """
     files: dict[Path, list[tuple[int, Item]]] = {}
-    for number, items in enumerate(plan.items):
+    for number, (shard, items) in enumerate(zip(plan.shards, plan.items, strict=True)):
+        there = finished.get(shard.file_name, ())
         for item in items:
-            files.setdefault(item.info.file, []).append((number, item))
-    return files
+            files.setdefault(item.info.file, []).extend([] if item.info.name in there else [(number, item)])
+    return {file: pairs for file, pairs in files.items() if pairs}
 
 
 def split(item: Item, budget: Budget) -> Iterator[Unit]:

@@ -19,7 +19,7 @@ from converters.reader import Reader
 from l4tool.core.console import Progress
 from quant import ops
 from quant.journal import Journal
-from quant.plan import Budget, Item, Plan, Unit, by_source, split
+from quant.plan import Budget, Item, Plan, Unit, split, unfinished
 from quant.shards import Done, OpenShard
 from quant.supply import Supply
 
@@ -35,7 +35,7 @@ class Stream:
 
     def __init__(self, reader: Reader, out: Path, plan: Plan, budget: Budget, log: Journal, supply: Supply) -> None:
         self.reader, self.out, self.plan, self.budget, self.log, self.supply = reader, out, plan, budget, log, supply
-        self.todo = {file: left for file, pairs in by_source(plan).items() if (left := self._unfinished(pairs))}
+        self.todo = unfinished(plan, log.tensors)
         self.left = Counter({file: len(pairs) for file, pairs in self.todo.items()})  # tensors per source file
         self.shards: dict[str, OpenShard] = {}  # open ones; the sealer takes out what it has sealed
         self.running: dict[Future[Done], OpenShard] = {}
@@ -46,10 +46,6 @@ class Stream:
         self.used: deque[str] = deque()
         self.unsaved_bytes, self.saved_s = 0, time.monotonic()
         self.seal_failed = False
-
-    def _unfinished(self, pairs: list[tuple[int, Item]]) -> list[tuple[int, Item]]:
-        known = self.log.tensors
-        return [(n, item) for n, item in pairs if item.info.name not in known.get(self.plan.shards[n].file_name, {})]
 
     def run(self) -> None:
         """Everything that the journal lacks. On any exception what runs is waited for and the rest dropped."""

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.reader import Reader
+from l4tool.core.placeholder import require_contents
 from quant import journal
 
 
 class Supply(Protocol):
     """Weight files for one run, asked for by the paths that the reader knows them by."""
 
+    folder: Path  # where they lie, or come to lie
+
     def describe(self, reader: Reader) -> dict[str, Any]:
         """What identifies the source, for the fingerprint of the job."""
         ...
 
+    def room_bytes(self, files: Sequence[Path]) -> int:
+        """Most bytes that these files, needed in this order, will take in `folder` beyond what is there."""
+        ...
+
     def begin(self, files: Sequence[Path]) -> None:
-        """These files are needed, in this order. Raises WriteError where the disk cannot hold them."""
+        """These files are needed, in this order."""
         ...
 
     def ready(self, file: Path) -> bool:
@@ -37,8 +44,16 @@ class Supply(Protocol):
 class Folder:
     """A folder with all files: nothing to wait for, nothing to clear away."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     def describe(self, reader: Reader) -> dict[str, Any]:
+        for file in reader.weight_files():
+            require_contents(file)
         return journal.describe_folder(reader)
+
+    def room_bytes(self, files: Sequence[Path]) -> int:
+        return 0
 
     def begin(self, files: Sequence[Path]) -> None:
         pass

@@ -136,7 +136,9 @@ def _jobs(found: Survey, noted: Collector) -> tuple[list[FileJob], dict[Path, Pr
 def _job(path: Path, file: SafetensorsFile | None, proof: Proof | None, noted: Collector) -> FileJob | None:
     """None for a file that cannot be read or need not be: what is wrong with it is noted."""
     if is_placeholder(path):
-        return None  # noted by the survey
+        what = f"{path} holds a header only, its weights are not here"
+        noted.add(Finding("missing-file", what, path.name, None, EXIT_NO_INPUT, "fetch it"))
+        return None
     try:
         size = path.stat().st_size
     except OSError as error:

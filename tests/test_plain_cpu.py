@@ -13,7 +13,8 @@ CODE = """
 import sys, pytest
 from batch.kernels import tiles
 tiles.has_avx512_bf16 = lambda: False  # it asks the host; the rest follows numba's target
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/batch/kernels", "tests/quant/test_kernels.py"]))
+quant = [f"tests/quant/test_{name}.py" for name in ("kernels", "sweep", "dequantize")]
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/batch/kernels", *quant]))
 """
 TARGETS = [("x86-64", "+sse2"), ("haswell", "+avx2,+fma,+f16c,+bmi,+bmi2")]
 

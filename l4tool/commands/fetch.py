@@ -29,6 +29,7 @@ from l4tool.core.errors import InputMissing, UsageError
 @click.option("--retries", type=click.IntRange(0), default=5, show_default=True,
               help="New attempts in a row without progress.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Wait for another fetch of the same target instead of exiting with 75.")
+@click.option("--xet", is_flag=True, help="Try Xet first (not resumable); over HTTP as soon as it stalls.")
 @click.option("--accept-license", is_flag=True, help="Accept the model's licence without being asked (for cron).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of the folder.")
 @click.option("--list", "list_models", is_flag=True, help="List the short names and exit.")

@@ -29,7 +29,7 @@ def command(model: str, tensors: bool, shards: bool, wanted: str | None, stored:
     matcher(wanted)
     found = survey(_folder(model))
     try:
-        facts = inspect(found, stored, wanted)
+        facts = inspect(found, stored, wanted) | {"path": model}
     finally:
         found.close()
     if as_json:
@@ -121,7 +121,7 @@ def _architecture(facts: dict[str, Any]) -> list[tuple[str, str]]:
     t, v = arch["text"], arch["vision"]
     moe = tuple(layer in t["moe_layers"] for layer in range(t["num_layers"]))
     scaling = t["rope_scaling"]
-    rope = f"theta {t['rope_theta']:g}, layers {layer_ranges(t['rope_layers'], True)}"
+    rope = f"theta {t['rope_theta']:g}, all layers but {layer_ranges(t['rope_layers'], False)}"
     if scaling:
         rope += f"; scaled by {scaling['factor']:g} (low {scaling['low_freq_factor']:g}, "
         rope += f"high {scaling['high_freq_factor']:g}, from {scaling['original_max_position_embeddings']:,})"

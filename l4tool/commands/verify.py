@@ -36,11 +36,14 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
     Exit code, the first that applies: 76 bytes that changed, 66 something missing,
     65 wrong names, shapes or values, 0 sound. All findings are printed.
     """
+    from l4tool.core.console import note
     from l4tool.core.errors import UsageError
 
     if plot is not None and against is None:
         raise UsageError("--plot draws the errors against a source", hint="add --against SRC")
-    paths = [_local(text) for text in (folder, against) if text is not None]
+    from l4tool.hub.local import require_local
+
+    paths = [require_local(text) for text in (folder, against) if text is not None]
     if plot is not None:
         from quant.error_plot import require_matplotlib
 
@@ -48,27 +51,14 @@ def command(folder: str, against: str | None, worst: int, plot: Path | None, job
     from quant import verification
 
     outcome = verification.verify(paths[0], paths[1] if against is not None else None, jobs)
-    if plot is not None and outcome.compared is not None:
+    if plot is not None and (outcome.compared is None or not outcome.compared.errors):
+        note("no quantized tensor was compared, so there is no picture")
+    elif plot is not None and outcome.compared is not None:
         from quant.error_plot import draw
 
         draw(outcome.compared.errors, plot, f"{paths[0].resolve().name} against {paths[1].resolve().name}")
     click.echo(json.dumps(_finite(verification.as_json(outcome)), indent=2) if as_json else render(outcome, worst))
     return outcome.exit_code
-
-
-def _local(text: str) -> Path:
-    """A folder on this machine; a repository must be fetched first."""
-    from l4tool.core.errors import InputMissing
-    from l4tool.hub.names import is_repo
-
-    if not is_repo(text):
-        return Path(text)
-    from l4tool.hub.local import locate
-
-    found = locate(text)
-    if found is None:
-        raise InputMissing(f"{text} is not on this machine", hint=f"fetch it first: l4tool fetch {text}")
-    return found
 
 
 def render(outcome: Outcome, worst: int) -> str:

@@ -52,7 +52,7 @@ def _flock(fd: int, path: Path, message: str, wait: bool) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
-            raise LockHeld(message, hint="wait for it, or choose another output") from None
+            raise LockHeld(message, hint="wait for it to end, or choose another output") from None
         note(f"{message}; waiting for it")
         fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as error:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from l4tool.core.atomic import fsync_dir, part_path, publish, write_errors, write_file
+from l4tool.core.errors import InputMissing
 
 MARK_SUFFIX = ".header-only"
 
@@ -19,6 +20,15 @@ MARK_SUFFIX = ".header-only"
 def is_placeholder(path: Path) -> bool:
     """True for a file of which only the header is there."""
     return _mark(path).exists()
+
+
+def require_contents(path: Path) -> None:
+    """Raises InputMissing for a placeholder."""
+    if is_placeholder(path):
+        raise InputMissing(
+            f"{path} holds a header only, its weights are not here",
+            hint="download the checkpoint first: l4tool fetch",
+        )
 
 
 def write_placeholder(path: Path, header: bytes, size: int, origin: str) -> None:

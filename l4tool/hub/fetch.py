@@ -119,7 +119,7 @@ def _hub(options: Options) -> Hub:
 
 
 def _target(snapshot: Snapshot, out: Path | None) -> Target:
-    return CacheTarget(snapshot) if out is None else FolderTarget(out)
+    return CacheTarget(snapshot) if out is None else FolderTarget(out, snapshot.repo_id)
 
 
 def _report(result: Result, verified: bool) -> str:

@@ -31,6 +31,7 @@ from l4tool.hub.targets import Target
 from l4tool.hub.transfer import download
 from l4tool.hub.transport import DEFAULT_POLICY, RetryPolicy, Stopped
 from l4tool.hub.workers import run_all
+from l4tool.hub.xet import Xet
 
 SPARE_BYTES = 16 * 2**20  # for ledgers, the manifest and the file system's own needs
 
@@ -40,7 +41,7 @@ class Options:
     """How to fetch. `layout`, `include` and `exclude` are those of `wanted_files`.
 
     `verify` reads files again that are known to be right; `wait` waits for another fetch of the same target instead of
-    raising LockHeld; `accept_license` accepts the licence where nobody can be asked.
+    raising LockHeld; `accept_license` accepts the licence where nobody can be asked; `xet` tries Xet before HTTP.
     """
 
     layout: str = "hf"
@@ -50,6 +51,7 @@ class Options:
     verify: bool = False
     wait: bool = False
     accept_license: bool = False
+    xet: bool = False
     token: str | None = None
     endpoint: str | None = None
     timeout_s: float = 30.0
@@ -88,11 +90,13 @@ class Job:
             file.path in known.files
             and known.files[file.path].digest == file.digest
             and self.target.state(file) == "right"
+            and (self.target.folder / file.path).is_file()
             for file in self.files
         )
 
     def run(self) -> int:
         """Do it all; returns the bytes that came over the network. Raises as `fetch`."""
+        self.target.check_owner()
         if any(self.target.state(file) == "missing" for file in self.files):
             if licence.is_llama(self.snapshot.card, self.snapshot.repo_id):
                 licence.accept(self.snapshot.repo_id, self.options.accept_license)
@@ -169,16 +173,19 @@ class Job:
         )
         with Board(self.snapshot.repo_id.split("/")[-1], total) as board:
             self.hub.say = board.say
-            tasks = [partial(self._download_one, file, board, file in wrong) for file in missing]
+            xet = Xet(self.hub, self.snapshot) if self.options.xet else None
+            tasks = [partial(self._download_one, file, board, file in wrong, xet) for file in missing]
             run_all(tasks, self.options.jobs, self.stop, self.hub.abort)
         return needed
 
-    def _download_one(self, file: RemoteFile, board: Board, is_wrong: bool) -> None:
+    def _download_one(self, file: RemoteFile, board: Board, is_wrong: bool, xet: Xet | None) -> None:
         with self.target.writing(file), board.file(file.path, file.size) as count:
             if not is_wrong and self.target.state(file) == "right":
                 count(file.size)  # another program was faster
             else:
                 place = self.target.place(file)
+                if xet is not None:
+                    xet.bring(file, place, count, self.stop)
                 download(
                     self.hub, self.snapshot, file, place, on_bytes=count, stop=self.stop, policy=self.options.policy
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def locate(text: str) -> Path | None:
     Complete: config.json and every shard that the index names are there, and all files of the manifest, if there is
     one, in their sizes.
     """
-    if Path(text).is_dir():
+    if os.path.isdir(text):
         return Path(text)
     if not is_repo(text):
         return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from l4tool.core.errors import UsageError
 
@@ -78,7 +78,7 @@ def parse_repo(text: str, layout: str = "hf") -> RepoSpec:
 
 def is_repo(text: str) -> bool:
     """True for a short name or an org/name form, unless something of that name exists on disk: local paths win."""
-    if Path(text).exists():
+    if os.path.exists(text):
         return False
     try:
         parse_repo(text)

@@ -68,6 +68,24 @@ def part_bytes(target: Path, file: RemoteFile) -> int:
     return 0
 
 
+def claim_part(target: Path, file: RemoteFile, received: Path) -> None:
+    """Make a file that came another way the part of `target`; it is hashed like any part. Raises OSError."""
+    remove_part(target)
+    _write_ledger(ledger_path(target), file, {})
+    os.replace(received, part_path(target))
+
+
+def _write_ledger(ledger: Path, file: RemoteFile, marks: dict[int, str]) -> None:
+    """Write the ledger afresh, whole or not at all: what the part belongs to, and the marks that hold."""
+    lines: list[dict[str, Any]] = [{"digest": file.digest, "bytes": file.size, "boot": boot_id()}]
+    lines += [{"size": size, "hash": digest} for size, digest in sorted(marks.items())]
+    new = ledger.with_name(ledger.name + NEW_SUFFIX)
+    new.unlink(missing_ok=True)
+    with open(new, "x") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(new, ledger)
+
+
 class Part:
     """The open part of one file: append with `write`, and `finish` when `size` has reached the file's."""
 
@@ -101,7 +119,7 @@ class Part:
         self._wait()
         with write_errors(self.path):
             os.ftruncate(self._fd, 0)
-            self._start_ledger()
+            _write_ledger(self.ledger, self.file, {})
         self.on_bytes(-self.size)
         self.size, self._hash, self._marks = 0, new_hash(self.file), []
 
@@ -169,20 +187,21 @@ class Part:
         head, marks = read_ledger(self.ledger)
         if head.get("digest") != self.file.digest or head.get("bytes") != self.file.size:
             os.ftruncate(self._fd, 0)
-            self._start_ledger()
+            _write_ledger(self.ledger, self.file, {})
             return
         limit = min(os.fstat(self._fd).st_size, self.file.size)
         if head.get("boot") is None or head.get("boot") != boot_id():
             limit = max((size for size in marks if size <= limit), default=0)
         self._hash_again(limit, marks)
         os.ftruncate(self._fd, self.size)
-        self._start_ledger({size: digest for size, digest in marks.items() if size <= self.size})
+        _write_ledger(self.ledger, self.file, {size: digest for size, digest in marks.items() if size <= self.size})
 
     def _hash_again(self, limit: int, marks: dict[int, str]) -> None:
         """Hash the first `limit` bytes, going back to the last good mark at the first that disagrees."""
         good, buffer = (0, self._hash.copy()), memoryview(bytearray(READ_BYTES))
         while self.size < limit:
-            count = os.preadv(self._fd, [buffer[: min(READ_BYTES, limit - self.size)]], self.size)
+            length = min(READ_BYTES, limit - self.size, MARK_BYTES - self.size % MARK_BYTES)  # stops at every mark
+            count = os.preadv(self._fd, [buffer[:length]], self.size)
             if count == 0:
                 break
             self._hash.update(buffer[:count])
@@ -193,13 +212,3 @@ class Part:
                     break
                 good = (self.size, self._hash.copy())
         self.on_bytes(self.size)
-
-    def _start_ledger(self, marks: dict[int, str] | None = None) -> None:
-        """Write the ledger afresh: what the part belongs to, and the marks that still hold."""
-        lines: list[dict[str, Any]] = [{"digest": self.file.digest, "bytes": self.file.size, "boot": boot_id()}]
-        lines += [{"size": size, "hash": digest} for size, digest in sorted((marks or {}).items())]
-        new = self.ledger.with_name(self.ledger.name + NEW_SUFFIX)
-        new.unlink(missing_ok=True)
-        with open(new, "x") as ledger:
-            ledger.write("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(new, self.ledger)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from l4tool.core.atomic import PART_SUFFIX
 from l4tool.core.errors import CheckpointError, InputMissing, UsageError
 from l4tool.core.lock import LOCK
+from l4tool.core.placeholder import MARK_SUFFIX
 
 if TYPE_CHECKING:
     from l4tool.hub.client import RemoteFile, Snapshot
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 LAYOUTS = ("hf", "meta")
 ORIGINAL = "original/"
 STATE = ".l4tool-fetch"
+OUR_SUFFIXES = (
+    PART_SUFFIX,
+    PART_SUFFIX + ".ledger",
+    PART_SUFFIX + ".ledger.new",
+    PART_SUFFIX + ".l4tool-xet",
+    MARK_SUFFIX,
+)
 OURS = ("l4tool-manifest.json", LOCK, STATE)
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "README.md")
 HF_SKIPS = (
@@ -77,7 +85,7 @@ def path_problem(path: str) -> str | None:
         return "holds characters that are not allowed"
     if any(len(part.encode()) > 230 for part in parts) or len(path.encode()) > 2000:
         return "is too long"
-    if parts[0].casefold() in OURS or path.casefold().endswith((PART_SUFFIX, PART_SUFFIX + ".ledger")):
+    if parts[0].casefold() in OURS or path.casefold().endswith(OUR_SUFFIXES):
         return "is a name that l4tool uses itself"
     return None
 

@@ -66,7 +66,7 @@ def cached_skeleton(hub: Hub, snapshot: Snapshot) -> Path:
         raise CheckpointError(f"{snapshot.repo_id}: the hub gave {snapshot.commit[:80]!r} for a commit")
     final = _cache() / snapshot.repo_id.replace("/", "--") / snapshot.commit
     if (final / CONFIG).is_file():
-        return final
+        return make_skeleton(hub, snapshot, final)  # reads what somebody deleted, usually nothing
     with write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=final.parent))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-from l4tool.core.atomic import fsync_dir, part_path, write_errors
+from l4tool.core.atomic import PART_SUFFIX, fsync_dir, part_path, write_errors
 from l4tool.core.errors import CheckpointError, WriteError
 from l4tool.core.lock import file_lock, output_lock
+from l4tool.core.placeholder import filled, is_placeholder
 from l4tool.hub.client import RemoteFile, Snapshot
 from l4tool.hub.local import cache_folder
 from l4tool.hub.manifest import MANIFEST, Entry, Manifest, entry_of, is_unchanged, read_manifest
 from l4tool.hub.part import LEDGER_SUFFIX, read_ledger, remove_part
 from l4tool.hub.selection import STATE
+from l4tool.hub.xet import FOLDER_SUFFIX
 
+QUANTIZED = ("l4tool-report.json", "l4tool-journal.jsonl")  # what quantize leaves in its outputs
 # right: known to be; unknown: there in its size, bytes not checked; missing: absent or of another size
 State = Literal["right", "unknown", "missing"]
 
@@ -30,6 +34,9 @@ class Target(Protocol):
 
     def prepare(self) -> None:
         """Make the folders that the lock needs."""
+
+    def check_owner(self) -> None:
+        """Raises WriteError for a place that holds something else."""
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         """Keep other fetches of the same target out. Raises LockHeld."""
@@ -64,8 +71,9 @@ class Target(Protocol):
 class FolderTarget:
     """A plain folder. `.l4tool-fetch/done.jsonl` says which files are finished while the manifest is not there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, repo_id: str = "") -> None:
+        self.folder, self.repo_id = folder, repo_id
+        self._owner = folder / STATE / "repository"
         self._ledger = folder / STATE / "done.jsonl"
         self._mutex = threading.Lock()
         self.reload()
@@ -73,6 +81,19 @@ class FolderTarget:
     def prepare(self) -> None:
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def check_owner(self) -> None:
+        """Another repository's files, or a quantized checkpoint, would be overwritten name by name."""
+        owner = None
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(self.folder)
+            owner = manifest.repo_id if manifest is not None else None
+        with contextlib.suppress(OSError):
+            owner = owner or self._owner.read_text().strip()
+        if any((self.folder / name).exists() for name in QUANTIZED):
+            owner = "a quantized checkpoint"
+        if owner not in (None, "", self.repo_id):
+            raise WriteError(f"{self.folder} holds {owner}, not {self.repo_id}", hint="choose another folder with -o")
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         return output_lock(self.folder, wait)
@@ -86,7 +107,8 @@ class FolderTarget:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for line in self._ledger.read_text().splitlines():
                 record = json.loads(line)
-                self._known[record.pop("path")] = Entry(**record)
+                path = record.pop("path")
+                self._known[path] = Entry(**record)
 
     def state(self, file: RemoteFile) -> State:
         path, known = self.place(file), self._known.get(file.path)
@@ -117,6 +139,8 @@ class FolderTarget:
             self._ledger.parent.mkdir(exist_ok=True)
             with open(self._ledger, "a") as ledger:
                 ledger.write(json.dumps({"path": file.path, **entry.as_json()}) + "\n")
+        if is_placeholder(self.place(file)):
+            filled(self.place(file))
 
     def show(self, file: RemoteFile) -> None:
         """It lies where it is seen."""
@@ -128,6 +152,8 @@ class FolderTarget:
         """The ledger takes over what the manifest knew, without the wrong ones."""
         with write_errors(self._ledger):
             self._ledger.unlink(missing_ok=True)
+            self._ledger.parent.mkdir(exist_ok=True)
+            self._owner.write_text(self.repo_id + "\n")
         for file in kept:
             self.done(file)
         for file in wrong:
@@ -138,6 +164,7 @@ class FolderTarget:
     def finish(self, spec_revision: str | None) -> None:
         with contextlib.suppress(OSError):
             self._ledger.unlink(missing_ok=True)
+            self._owner.unlink(missing_ok=True)
             self._ledger.parent.rmdir()
 
 
@@ -160,6 +187,9 @@ class CacheTarget:
         for folder in (self.root / "blobs", self.folder, self._locks):
             with write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+
+    def check_owner(self) -> None:
+        """The folder's name is the repository's."""
 
     def lock(self, wait: bool) -> contextlib.AbstractContextManager[None]:
         return file_lock(self._locks / "l4tool-fetch.lock", f"another run is fetching into {self.root}", wait)
@@ -229,6 +259,8 @@ class CacheTarget:
 def sweep_parts(folder: Path, snapshot: Snapshot) -> None:
     """Remove the parts below `folder` whose content no file of the snapshot has, and ledgers without a part."""
     digests = {file.digest for file in snapshot.files}
+    for left in [*folder.rglob(f"*{PART_SUFFIX}{FOLDER_SUFFIX}")]:
+        shutil.rmtree(left, ignore_errors=True)
     for ledger in [*folder.rglob(f"*{LEDGER_SUFFIX}")]:
         part = ledger.with_name(ledger.name.removesuffix(LEDGER_SUFFIX))
         target = part.with_name(part.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import re
 import threading
@@ -11,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from l4tool.core.atomic import write_errors
-from l4tool.core.errors import ChecksumError, L4Error, NetworkError
+from l4tool.core.errors import ChecksumError, NetworkError
 from l4tool.hub.client import Hub, RemoteFile, Snapshot
 from l4tool.hub.manifest import READ_BYTES
 from l4tool.hub.part import Part, remove_part
 from l4tool.hub.transport import AGAIN, Answer, Retry, RetryPolicy, Stopped, as_int, check_status, retrying
 
-FLUSH_S = 0.2  # while bytes keep coming, they wait at most this long for being written
-QUEUED_BUFFERS = 4
+LINGER_S = 0.01  # received bytes wait this long for more, to be written together
+MAX_ANSWER_BYTES = 40 * 10**9  # CDNs refuse single answers above 50 GB; Maverick has files of 100 GB in Meta's layout
+QUEUED_CHUNKS = 256  # of up to 64 KiB
 
 
 def download(
@@ -59,7 +59,7 @@ class _Transfer:
 
     def run(self) -> None:
         for attempt in range(1, self.policy.checksum_attempts + 1):
-            if self.part.size < self.file.size:
+            while self.part.size < self.file.size:
                 retrying(self._attempt, self.policy, self.hub.say, self.stop)
             try:
                 self.part.check()
@@ -74,23 +74,27 @@ class _Transfer:
         self.part.finish()
 
     def _attempt(self) -> None:
-        """One connection. Returns when the last byte is there; Retry otherwise."""
-        start = self.part.size
+        """One connection. Returns when all it was asked for is there; Retry otherwise."""
+        start, end = self.part.size, min(self.part.size + MAX_ANSWER_BYTES, self.file.size)
+        last = end - 1 if end < self.file.size else ""
+        headers = {"Range": f"bytes={start}-{last}"} if start or last else {}
         try:
-            with self.hub.get(self.snapshot, self.file.path, {"Range": f"bytes={start}-"} if start else {}) as answer:
+            with self.hub.get(self.snapshot, self.file.path, headers) as answer:
                 check_status(answer, self.snapshot.repo_id, self.file.path, self.hub.token is not None)
-                check_answer(answer, self.file, start)
-                if answer.response.status_code == 200 and start:
-                    self.part.reset()  # this server knows no ranges
-                self._stream(answer)
+                check_answer(answer, self.file, start, end)
+                if answer.response.status_code == 200:  # all of the file, whatever was asked for
+                    end = self.file.size
+                    if start:
+                        self.part.reset()
+                self._stream(answer, end - self.part.size)
         except Retry as retry:
             progressed = self.part.size >= self.furthest + self.policy.progress_bytes
             self.furthest = max(self.furthest, self.part.size)
             raise Retry(retry.error, retry.wait_s, progressed) from retry.__cause__
 
-    def _stream(self, answer: Answer) -> None:
-        """Read the body; a second thread hashes and writes it."""
-        response, left = answer.response, self.file.size - self.part.size
+    def _stream(self, answer: Answer, left: int) -> None:
+        """Read a body of `left` bytes; a second thread hashes and writes it."""
+        response = answer.response
         plain = response.headers.get("content-encoding", "identity").lower() == "identity"
         floor = _Floor(self.policy.floor_bytes_per_s, self.hub.timeout_s, self.file.path)
         with _Writer(self.part) as writer:
@@ -106,8 +110,8 @@ class _Transfer:
             raise _retry(self.file, f"the connection ended {left:,} bytes early")
 
 
-def check_answer(answer: Answer, file: RemoteFile, start: int) -> None:
-    """Raise Retry unless the headers promise `file` from byte `start`, or all of it (status 200)."""
+def check_answer(answer: Answer, file: RemoteFile, start: int, end: int) -> None:
+    """Raise Retry unless the headers promise bytes `start` … `end` of `file`, or all of it (status 200)."""
     headers, etag = answer.response.headers, answer.etag
     is_hash = etag is not None and len(etag) == len(file.digest) and re.fullmatch(r"[0-9a-f]+", etag)
     if is_hash and etag != file.digest:
@@ -117,9 +121,9 @@ def check_answer(answer: Answer, file: RemoteFile, start: int) -> None:
         raise _retry(file, f"the hub offers {answer.linked_size:,} bytes instead of {file.size:,}")
     if answer.response.status_code == 206:
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("content-range", "").strip())
-        want = (str(start), str(file.size - 1))
+        want = (str(start), str(end - 1))
         if not found or found.groups()[:2] != want or found.group(3) not in (str(file.size), "*"):
-            raise _retry(file, f"asked for bytes {start:,} on, the hub sends {headers.get('content-range')!r}")
+            raise _retry(file, f"asked for bytes {start}-{end - 1}, the hub sends {headers.get('content-range')!r}")
     elif headers.get("content-encoding", "identity").lower() == "identity":
         length = as_int(headers.get("content-length"))
         if length not in (None, file.size):
@@ -150,14 +154,16 @@ class _Floor:
 
 
 class _Writer:
-    """A thread that hashes and writes while the next bytes come in. Leaving the block waits for all of it."""
+    """A thread that hashes and writes while the next bytes come in. Leaving the block waits for all of it.
+
+    It gathers what has come since its last turn: few large writes when the network is fast, small ones when it is
+    slow, so that a kill at any moment loses next to nothing.
+    """
 
     def __init__(self, part: Part) -> None:
         self.part = part
         self.error: BaseException | None = None
-        self._pending: list[bytes] = []
-        self._pending_bytes, self._flushed_s = 0, time.monotonic()
-        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED_BUFFERS)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED_CHUNKS)
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> _Writer:
@@ -165,21 +171,12 @@ class _Writer:
         return self
 
     def put(self, data: bytes) -> None:
-        """Take received bytes; few large buffers cost less than many small ones."""
-        self._pending.append(data)
-        self._pending_bytes += len(data)
-        if self._pending_bytes >= READ_BYTES or time.monotonic() - self._flushed_s > FLUSH_S:
-            self._flush()
-
-    def _flush(self) -> None:
+        """Take received bytes. Raises what writing has raised."""
         if self.error is not None:
             raise self.error
-        self._queue.put(b"".join(self._pending))
-        self._pending, self._pending_bytes, self._flushed_s = [], 0, time.monotonic()
+        self._queue.put(data)
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(L4Error):
-            self._flush()
         self._queue.put(None)
         self._thread.join()
         if self.error is not None:
@@ -187,9 +184,25 @@ class _Writer:
 
     def _work(self) -> None:
         """After an error the queue is still emptied, so that `put` never waits for ever."""
-        while (data := self._queue.get()) is not None:
+        ended = False
+        while not ended:
+            chunks = self._gather()
+            ended = chunks[-1] is None
             if self.error is None:
                 try:
-                    self.part.write(data)
+                    self.part.write(b"".join(chunk for chunk in chunks if chunk is not None))
                 except BaseException as error:
                     self.error = error
+
+    def _gather(self) -> list[bytes | None]:
+        """What is waiting, up to a full buffer; None is the end."""
+        data = [self._queue.get()]
+        if data[0] is not None:
+            time.sleep(LINGER_S)
+        size = 0
+        while data[-1] is not None and (size := size + len(data[-1])) < READ_BYTES:
+            try:
+                data.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return data

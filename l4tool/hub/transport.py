@@ -25,6 +25,7 @@ from l4tool.core.errors import AccessDenied, AuthError, InputMissing, L4Error, N
 
 T = TypeVar("T")
 MAX_REDIRECTS = 8
+MAX_REDIRECT_BYTES = 65536
 REDIRECTS = {301, 302, 303, 307, 308}
 AGAIN = "check the connection, then run the same command again: it carries on where it stopped"
 
@@ -108,6 +109,8 @@ def open_url(url: str, headers: dict[str, str], timeout_s: float) -> Iterator[An
             if response.status_code not in REDIRECTS or not location:
                 yield Answer(response, on_hub, etag, linked_size)
                 return
+            if (as_int(response.headers.get("content-length")) or MAX_REDIRECT_BYTES) < MAX_REDIRECT_BYTES:
+                response.read()  # so that the connection can be used again
         target = urljoin(url, location)
         scheme = urlsplit(target).scheme
         if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):

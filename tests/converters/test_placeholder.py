@@ -44,7 +44,7 @@ def test_weights_are_refused(scout_tiny, tmp_path):
             reader.read(name)
     with pytest.raises(InputMissing, match="header only"):
         pipeline.quantize(reader, tmp_path / "out", make_recipe("int4"), pipeline.Options())
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_are_filled_one_by_one(scout_tiny, tmp_path):

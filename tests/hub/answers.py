@@ -103,8 +103,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def _send_range(self, file: StoredFile, asked: ByteRange, headers: dict[str, str], fault: Fault | None) -> None:
         kind = fault.kind if fault else None
-        if kind == "no-range":
-            asked = ByteRange(0, file.size, file.size, asked=False)
+        if kind in ("no-range", "other-range"):
+            asked = ByteRange(0, file.size, file.size, asked=asked.asked and kind == "other-range")
         count = asked.stop - asked.start
         if fault and kind == "short":
             count -= min(fault.after_bytes, count)
@@ -142,6 +142,8 @@ class Answers(BaseHTTPRequestHandler):
     def send_body(self, source: BinaryIO, start: int, count: int, fault: Fault | None) -> None:
         """Faults of bodies are done here; the rate limit is the one of storage ports."""
         if self.command != "HEAD":
-            rate = self.hub.rate if self.port_name != "hub" else None
-            sender = Sender(self.connection, self.hub.closing, self.request_log.add)
-            sender.send(source, start, count, rate, fault)
+            sender = Sender(self.connection, self.hub.closing, self._rate, self.request_log.add)
+            sender.send(source, start, count, fault)
+
+    def _rate(self) -> int | None:
+        return self.hub.rate if self.port_name != "hub" else None

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tests.hub.faults import Fault
 
-PIECE_BYTES = 2**20
+STEP_BYTES = 2**23
 SLOW_PIECES_PER_S = 50
 
 
@@ -49,54 +49,67 @@ def parse_range(header: str | None, size: int) -> ByteRange | None:
 
 
 class Sender:
-    """Writes one body to one connection and tells `on_sent` how many bytes went out."""
+    """Writes one body to one connection and tells `on_sent` how many bytes went out.
 
-    def __init__(self, connection: socket.socket, closing: threading.Event, on_sent: Callable[[int], None]) -> None:
-        self.connection, self.closing, self.on_sent = connection, closing, on_sent
+    `rate()` is the limit in bytes/s at that moment; None: unlimited.
+    """
 
-    def send(self, source: BinaryIO, start: int, count: int, rate: int | None, fault: Fault | None) -> None:
-        """`count` bytes of `source` from `start`, at `rate` bytes/s (None: unlimited), with `fault` done to them.
+    def __init__(
+        self,
+        connection: socket.socket,
+        closing: threading.Event,
+        rate: Callable[[], int | None],
+        on_sent: Callable[[int], None],
+    ) -> None:
+        self.connection, self.closing, self.rate, self.on_sent = connection, closing, rate, on_sent
+
+    def send(self, source: BinaryIO, start: int, count: int, fault: Fault | None) -> None:
+        """`count` bytes of `source` from `start`, with `fault` done to them.
 
         Raises Cut where the connection is to be closed.
         """
         kind = fault.kind if fault else None
         if fault and kind in ("cut", "reset", "stall"):
-            self._bytes(source, start, min(count, fault.after_bytes), rate)
+            self._bytes(source, start, min(count, fault.after_bytes))
             if kind == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if kind == "stall" and not self.closing.wait(fault.seconds):
-                self._bytes(source, start + fault.after_bytes, count - fault.after_bytes, rate)
+                self._bytes(source, start + fault.after_bytes, count - fault.after_bytes)
                 return
             raise Cut
         if fault and kind == "wrong-bytes" and start <= fault.after_bytes < start + count:
             before = fault.after_bytes - start
-            self._bytes(source, start, before, rate)
+            self._bytes(source, start, before)
             source.seek(fault.after_bytes)
-            self._bytes(io.BytesIO(bytes([source.read(1)[0] ^ 0x40])), 0, 1, rate)
-            self._bytes(source, fault.after_bytes + 1, count - before - 1, rate)
+            self._bytes(io.BytesIO(bytes([source.read(1)[0] ^ 0x40])), 0, 1)
+            self._bytes(source, fault.after_bytes + 1, count - before - 1)
             return
-        self._bytes(source, start, count, fault.bytes_per_s if fault and kind == "slow" else rate)
+        if fault and kind == "slow":
+            slow = fault.bytes_per_s
+            self.rate = lambda: slow
+        self._bytes(source, start, count)
 
-    def _bytes(self, source: BinaryIO, start: int, count: int, rate: int | None) -> None:
-        if rate is None and not isinstance(source, io.BytesIO):
-            self._sendfile(source, start, count)
-            return
-        source.seek(start)
-        piece_bytes = max(1, rate // SLOW_PIECES_PER_S) if rate else PIECE_BYTES
-        began, sent = time.monotonic(), 0
+    def _bytes(self, source: BinaryIO, start: int, count: int) -> None:
+        sent, due_s = 0, time.monotonic()
         while sent < count and not self.closing.is_set():
-            piece = source.read(min(piece_bytes, count - sent))
+            if (rate := self.rate()) is None:
+                sent += self._at_once(source, start + sent, count - sent)
+                continue
+            source.seek(start + sent)
+            piece = source.read(min(max(1, rate // SLOW_PIECES_PER_S), count - sent))
             self.connection.sendall(piece)
-            sent += len(piece)
             self.on_sent(len(piece))
-            if rate and (ahead_s := sent / rate - (time.monotonic() - began)) > 0:
-                self.closing.wait(ahead_s)
+            sent += len(piece)
+            due_s = max(due_s + len(piece) / rate, time.monotonic() - 1 / SLOW_PIECES_PER_S)
+            self.closing.wait(max(0, due_s - time.monotonic()))
 
-    def _sendfile(self, source: BinaryIO, start: int, count: int) -> None:
-        sent = 0
-        while sent < count and not self.closing.is_set():
-            step = self.connection.sendfile(source, start + sent, min(8 * PIECE_BYTES, count - sent))
-            if not step:
-                raise Cut
-            sent += step
-            self.on_sent(step)
+    def _at_once(self, source: BinaryIO, start: int, count: int) -> int:
+        """A large step; returns its size."""
+        count = min(STEP_BYTES, count)
+        if isinstance(source, io.BytesIO):
+            self.connection.sendall(source.getbuffer()[start : start + count])
+            sent = count
+        elif not (sent := self.connection.sendfile(source, start, count)):
+            raise Cut
+        self.on_sent(sent)
+        return sent

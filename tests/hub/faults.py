@@ -22,10 +22,22 @@ Kind = Literal[
     "wrong-bytes",  # the byte at offset `after_bytes` of the file is flipped
     "no-range",  # 200 and the whole file where a range was asked for
     "wrong-range",  # 206 with the right Content-Range, but bytes from the beginning of the file
+    "other-range",  # 206 and, honestly, another range: the whole file
     "no-length",  # a body without Content-Length, ended by closing the connection
 ]
 Where = Literal["api", "resolve", "cdn", "xet"]
-BODY_KINDS = ("cut", "reset", "stall", "slow", "short", "wrong-bytes", "no-range", "wrong-range", "no-length")
+BODY_KINDS = (
+    "cut",
+    "reset",
+    "stall",
+    "slow",
+    "short",
+    "wrong-bytes",
+    "no-range",
+    "wrong-range",
+    "other-range",
+    "no-length",
+)
 
 
 @dataclass

@@ -294,6 +294,9 @@ def test_wrong_answers(hub: HubServer, folder: Path) -> None:
     hub.faults.add(WEIGHTS, "wrong-range")
     wrong = get(file_url(hub), Range="bytes=9-")
     assert wrong.headers["Content-Range"].startswith("bytes 9-") and wrong.content == data[:-9]
+    hub.faults.add(WEIGHTS, "other-range")
+    other = get(file_url(hub), Range="bytes=9-")
+    assert (other.status_code, other.headers["Content-Range"], other.content) == (206, "bytes 0-3000000/3000001", data)
     hub.faults.add(WEIGHTS, "wrong-etag", where="resolve")
     etags = [httpx2.head(file_url(hub)).headers["X-Linked-Etag"] for _ in range(2)]
     assert etags[0] != etags[1] == f'"{hashlib.sha256(data).hexdigest()}"'

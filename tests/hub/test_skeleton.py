@@ -108,6 +108,10 @@ def test_the_cache_is_by_commit_and_shared(server, scout_tiny, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == [snapshot.commit]  # nothing half-made is left
     before = server.bytes_sent()
     assert cached_skeleton(hub, snapshot) == folder and server.bytes_sent() == before
+    checkpoints.shards(folder)[0].unlink()
+    (folder / "generation_config.json").write_text("edited")
+    assert infos(cached_skeleton(hub, snapshot)) == infos(scout_tiny)
+    assert (folder / "generation_config.json").read_bytes() == (scout_tiny / "generation_config.json").read_bytes()
     other = checkpoints.copy(scout_tiny, tmp_path / "other")
     (other / "README.md").write_text("another commit")
     server.add_repo(NAME, other)

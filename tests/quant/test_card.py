@@ -129,7 +129,7 @@ def test_the_cards_command_makes_the_same_recipe(llama, options):
     given = command.make_context("quantize", words[2:]).params
     scheme = next(name for name in ("int4", "fp8", "mixed") if given[name])
     again = make_recipe(
-        scheme, given["shared_experts"], given["attention"], given["group_size"], given["scale"], given["format_"]
+        scheme, given["shared_experts"], given["attention"], given["group_size"], given["scale"], given["format"]
     )
     assert again == recipe
 
@@ -138,7 +138,7 @@ def test_card_names_nothing_of_this_machine(llama, tmp_path):
     quantize(bare(llama, tmp_path / "my-tune", "l4tool-manifest.json"), tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in text and "\n# Llama-my-tune-INT4\n" in text
-    assert "base_model" not in card_of(tmp_path / "out").data.to_dict()  # the hub refuses what is no repository
+    assert "base_model" not in text  # the hub refuses what is no repository
 
 
 def test_notice_of_the_source_is_kept(llama, tmp_path):
@@ -168,11 +168,31 @@ def test_without_a_licence_text(llama, tmp_path, capsys):
     assert (out / "LICENSE").read_text() == LICENCE and card_of(out).data.license_link == "LICENSE"
     assert journal.read_report(out) == report
     assert report["license"]["missing"] == [] and "LICENSE" in report["job"]["files"]
-    assert "LICENSE" not in capsys.readouterr().err
+    assert "written again" in capsys.readouterr().err
+    (out / "README.md").write_text("edited by hand\n")
+    assert quantize(source, out, licence=tmp_path / "text") == report
+    assert (out / "README.md").read_text() == "edited by hand\n" and "again" not in capsys.readouterr().err
+    quantize(source, out, licence=tmp_path / "text", force=True)
     fresh = quantize(source, tmp_path / "Llama-fresh", licence=tmp_path / "text")
     assert fresh["license"] == report["license"]
     for name in ("README.md", "LICENSE", "NOTICE"):
         assert (tmp_path / "Llama-fresh" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_licence_fetched_after_the_run(llama, tmp_path, capsys):
+    """Licence files and cards are no part of the job: the weights are not made again."""
+    source, out = bare(llama, tmp_path / "source", "LICENSE", "README.md"), tmp_path / "Llama-out"
+    quantize(source, out)
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    for name in ("LICENSE", "README.md"):
+        shutil.copy(llama / name, source / name)
+    report = quantize(source, out)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == shards
+    assert (out / "LICENSE").read_text() == LICENCE and (out / "README.source.md").read_text() == META_CARD
+    assert report["license"]["missing"] == [] and "LICENSE" in report["job"]["files"]
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert quantize(source, out) == report
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_given_licence_wins_over_the_sources(llama, tmp_path):

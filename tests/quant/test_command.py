@@ -56,7 +56,7 @@ def test_output_folder(scout_tiny, tmp_path, capsys):
     assert config == source
     printed = capsys.readouterr().out
     assert re.search(r"size before +17\.\d MiB\nsize after +8\.\d+ MiB\nratio +0\.5\d\d\n", printed)
-    assert re.search(r"fits an 80 GB H100 +yes, 4,096 KV tokens left \(2 GiB reserved\)", printed)
+    assert re.search(r"fits an 80 GB H100 +yes, 4,096 KV tokens left \(8\.42 GiB reserved\)", printed)
     assert len(re.findall(r"_proj\.weight +int4 +0\.1\d+ +1\d\.\d dB", printed)) == 5
 
 

@@ -120,7 +120,8 @@ def test_what_would_fit(scout, maverick):
     assert ways(scout, SCOUT_INT4, "24GiB", 1)[0] == "4 × 24 GiB"
     assert ways(maverick, int(748 * GIB), "h100", 8) == ["8 × h200", "8 × b200", "8 × mi300x"]
     assert ways(maverick, 2000 * GIB, "h100", 8) == []
-    assert ways(scout, SCOUT_INT4, "h100", 1, concurrency=64) == ["4 × h100", "1 × b200", "1 × mi300x"]
+    assert ways(maverick, int(748 * GIB), "h100", 1) == ["8 × h200", "8 × b200", "4 × mi300x"]
+    assert ways(scout, SCOUT_INT4, "h100", 1, concurrency=64) == ["4 × h100", "2 × h200", "1 × b200", "1 × mi300x"]
 
 
 def test_key_value_heads_are_shared_out(scout):

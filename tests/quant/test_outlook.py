@@ -1,6 +1,7 @@
 """What `plan` says about sizes is what `quantize` writes, and what the published models are known to take."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from converters.config_only import ConfigOnly
 from converters.detect import open_checkpoint
 from converters.names import hf_rows
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index
-from l4tool.core.errors import CheckpointError, InputMissing, UsageError
+from l4tool.core.errors import CheckpointError, InputMissing, UsageError, WriteError
+from l4tool.hub.client import Hub
+from l4tool.hub.names import RepoSpec
 from quant import outlook, pipeline
 from quant.fitting import Demand, Hardware
+from quant.from_hub import Download, quantize_repo
 from quant.gpus import parse_gpu
 from quant.schemes import make_recipe
 from tests import checkpoints
 from tests.converters import published
+from tests.hub.server import HubServer
 
 GIB = 2**30
 
@@ -52,9 +57,37 @@ def test_sizes_are_those_that_quantize_writes(source, recipe, request, tmp_path)
     assert before.fitting == after.fitting
     whole = sum(path.stat().st_size for path in out.iterdir())
     assert whole <= before.making.disk_bytes
-    sizes = sorted(path.stat().st_size for path in reader.weight_files())
+    sizes = [path.stat().st_size for path in reader.weight_files()]
     assert before.making.source_file_bytes == sum(sizes) == file_bytes(reader.path)
-    assert before.making.streaming_disk_bytes == before.making.disk_bytes + sum(sizes[-3:])
+    streamed = before.making.streaming_disk_bytes - before.making.disk_bytes
+    assert max(sizes) < streamed <= sum(sorted(sizes)[-3:])
+
+
+def test_the_disk_named_is_the_disk_that_quantize_asks_for(tmp_path, monkeypatch):
+    """One byte less is refused, from a folder and from a repository; that much is enough."""
+    source = checkpoints.make(tmp_path / "source", shard_bytes=1_500_000)
+    reader, recipe = open_checkpoint(source), make_recipe("int4")
+    making = outlook.quantized(reader, recipe, question()).making
+    free = {"bytes": 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["bytes"]))
+
+    def from_folder(out):
+        pipeline.quantize(reader, out, recipe, pipeline.Options())
+
+    with HubServer() as server:
+        server.add_repo("demo/Random-Scout", source)
+        hub = Hub(server.url)
+
+        def from_hub(out):
+            quantize_repo(hub, RepoSpec("demo/Random-Scout"), out, recipe, pipeline.Options(), Download())
+
+        for run, needed in ((from_folder, making.disk_bytes), (from_hub, making.streaming_disk_bytes)):
+            free["bytes"] = needed - 1
+            with pytest.raises(WriteError, match="still to be written"):
+                run(tmp_path / f"{run.__name__}-refused")
+            free["bytes"] = needed
+            run(tmp_path / run.__name__)
+            assert file_bytes(tmp_path / run.__name__) < needed
 
 
 def sparse(folder, config):

@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from converters.detect import open_checkpoint
-from l4tool.core.errors import LockHeld, WriteError
+from l4tool.core.errors import CheckpointError, LockHeld, WriteError
 from l4tool.core.lock import LOCK, output_lock
-from quant import journal, pipeline
+from quant import journal, pipeline, stream
 from quant.schemes import make_recipe
 from tests import checkpoints
 
@@ -110,6 +111,53 @@ def test_only_unfinished_tensors_are_done_again(scout_tiny, undisturbed, tmp_pat
     run(scout_tiny, out, "run")
     assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in mtimes.items())
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("setting", [{"CHECKPOINT_BYTES": 100_000}, {"CHECKPOINT_S": 0.0}])
+def test_checkpoints_inside_a_source_file(setting, scout_tiny, tmp_path, monkeypatch):
+    """By bytes and by time: one big source file does not make a kill cost all of it."""
+    source, out = checkpoints.copy(scout_tiny, tmp_path / "source"), tmp_path / "out"
+    checkpoints.save(source, checkpoints.load(source))
+    assert len(checkpoints.shards(source)) == 1
+    for name, value in setting.items():
+        monkeypatch.setattr(stream, name, value)
+    real, calls = stream.Stream._work, []
+
+    def work(self, shard, unit):
+        calls.append(unit)
+        if len(calls) > 100:
+            wait_until(lambda: journal.read_journal(out).tensors)
+            raise CheckpointError("stopped here")
+        return real(self, shard, unit)
+
+    monkeypatch.setattr(stream.Stream, "_work", work)
+    with pytest.raises(CheckpointError):
+        quantize(source, out, max_shard_bytes=10**9)
+    before = journal.read_journal(out)
+    assert not before.shards
+    finished = {name for entries in before.tensors.values() for name in entries}
+    monkeypatch.setattr(stream.Stream, "_work", real)
+    calls.clear()
+    monkeypatch.setattr(stream.Stream, "_shard", counted(stream.Stream._shard, calls))
+    quantize(source, out, max_shard_bytes=10**9)
+    assert len(calls) == len(open_checkpoint(source).tensors()) - len(finished)
+    expected = quantize(source, tmp_path / "whole", max_shard_bytes=10**9)["output"]
+    assert json.loads((out / journal.REPORT).read_text())["output"] == expected
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call
+
+
+def wait_until(condition, timeout_s=60):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert condition()
 
 
 def test_rename_without_journal_line(scout_tiny, undisturbed, tmp_path):

@@ -53,10 +53,11 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell; tqdm would take 0
+            size = shutil.get_terminal_size()  # 80 × 24 where the terminal does not tell; tqdm would hide its bars
             self.bar = tqdm(
-                total=total, initial=initial, desc=label, unit=unit, file=sys.stderr, ncols=columns,
-                unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000, position=line, leave=not line,
+                total=total, initial=initial, desc=label, unit=unit, file=sys.stderr, ncols=size.columns,
+                nrows=size.lines, unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000,
+                position=line, leave=not line,
             )  # fmt: skip
 
     def advance(self, amount: int, suffix: str | None = None) -> None:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 REPO = "bench/Random-Weights"
 BLOCK_BYTES = 2**24
+OURS, THEIRS, AGAIN = "l4tool fetch", "hf download", "l4tool fetch, complete"
 sys.path.insert(0, str(ROOT))
 
 from l4tool.core.console import note, table  # noqa: E402
@@ -94,22 +95,23 @@ def run(command: list[str], url: str, work: Path) -> dict[str, float]:
 
 
 def compare(arguments: argparse.Namespace, url: str) -> dict[str, list[dict[str, float]]]:
-    """Every round: both, each to a fresh folder; then ours again on its complete folder."""
-    out = {name: arguments.work / f"fetched-by-{name}" for name in ("l4tool", "hf")}
-    ours = [str(BIN / "l4tool"), "fetch", REPO, "-o", str(out["l4tool"]), "--jobs", str(arguments.jobs)]
-    theirs = [str(BIN / "hf"), "download", REPO, "--local-dir", str(out["hf"]), "--max-workers", str(arguments.jobs)]
-    runs: dict[str, list[dict[str, float]]] = {"l4tool fetch": [], "hf download": [], "l4tool fetch again": []}
+    """Every round: both, each to a fresh folder, taking turns at being first; ours again on its complete folder."""
+    work, jobs = arguments.work, str(arguments.jobs)
+    out = {name: work / f"fetched-by-{name.split()[0]}" for name in (OURS, THEIRS)}
+    commands = {
+        OURS: [str(BIN / "l4tool"), "fetch", REPO, "-o", str(out[OURS]), "--jobs", jobs],
+        THEIRS: [str(BIN / "hf"), "download", REPO, "--local-dir", str(out[THEIRS]), "--max-workers", jobs],
+    }
+    runs: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: [], AGAIN: []}
     for number in range(arguments.rounds):
         note(f"round {number + 1} of {arguments.rounds}")
-        for folder in out.values():
-            shutil.rmtree(folder, ignore_errors=True)
-        os.sync()
-        runs["l4tool fetch"].append(run(ours, url, arguments.work))
-        runs["l4tool fetch again"].append(run(ours, url, arguments.work))
-        shutil.rmtree(out["l4tool"])
-        os.sync()
-        runs["hf download"].append(run(theirs, url, arguments.work))
-        shutil.rmtree(out["hf"])
+        for name in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
+            shutil.rmtree(out[name], ignore_errors=True)
+            os.sync()
+            runs[name].append(run(commands[name], url, work))
+            if name == OURS:
+                runs[AGAIN].append(run(commands[name], url, work))
+            shutil.rmtree(out[name])
     return runs
 
 
@@ -124,10 +126,10 @@ def main() -> None:
         name: {key: statistics.median(result[key] for result in results) for key in ("seconds", "cpu_s")}
         for name, results in runs.items()
     }
-    theirs_s = medians["hf download"]["seconds"]
+    theirs_s = medians[THEIRS]["seconds"]
     rows = []
     for name, median in medians.items():
-        transferred = not name.endswith("again")
+        transferred = name != AGAIN
         each = " ".join(f"{result['seconds']:.1f}" for result in runs[name])
         rate = f"{total_gb / median['seconds']:.2f}" if transferred else ""
         ratio = f"{theirs_s / median['seconds']:.2f}" if transferred else ""

@@ -19,7 +19,7 @@ from l4tool.hub.client import RemoteFile, Snapshot
 from l4tool.hub.local import cache_folder
 from l4tool.hub.manifest import MANIFEST, Entry, Manifest, entry_of, is_unchanged, read_manifest
 from l4tool.hub.part import LEDGER_SUFFIX, read_ledger, remove_part
-from l4tool.hub.selection import STATE
+from l4tool.hub.selection import STATE, path_problem
 from l4tool.hub.xet import FOLDER_SUFFIX
 
 QUANTIZED = ("l4tool-report.json", "l4tool-journal.jsonl")  # what quantize leaves in its outputs
@@ -146,7 +146,9 @@ class FolderTarget:
         """It lies where it is seen."""
 
     def sweep(self, snapshot: Snapshot) -> None:
-        sweep_parts(self.folder, snapshot)
+        paths = [Path(file.path) for file in snapshot.files if path_problem(file.path) is None]
+        for folder in {self.folder, *(self.folder / path.parent for path in paths)}:
+            sweep_parts(folder, snapshot)
 
     def begin(self, kept: Iterable[RemoteFile], wrong: Iterable[RemoteFile]) -> None:
         """The ledger takes over what the manifest knew, without the wrong ones."""
@@ -257,11 +259,11 @@ class CacheTarget:
 
 
 def sweep_parts(folder: Path, snapshot: Snapshot) -> None:
-    """Remove the parts below `folder` whose content no file of the snapshot has, and ledgers without a part."""
+    """Remove the parts in `folder` whose content no file of the snapshot has, and ledgers without a part."""
     digests = {file.digest for file in snapshot.files}
-    for left in [*folder.rglob(f"*{PART_SUFFIX}{FOLDER_SUFFIX}")]:
+    for left in list(folder.glob(f"*{PART_SUFFIX}{FOLDER_SUFFIX}")):
         shutil.rmtree(left, ignore_errors=True)
-    for ledger in [*folder.rglob(f"*{LEDGER_SUFFIX}")]:
+    for ledger in list(folder.glob(f"*{PART_SUFFIX}{LEDGER_SUFFIX}")):
         part = ledger.with_name(ledger.name.removesuffix(LEDGER_SUFFIX))
         target = part.with_name(part.stem)
         if part != part_path(target) or ledger.is_symlink():

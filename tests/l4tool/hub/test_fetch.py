@@ -195,9 +195,13 @@ def test_orphans_are_swept_and_strangers_are_not(server, source, out):
     ledger = json.dumps({"digest": "f" * 64, "bytes": 9, "boot": None}) + "\n"
     (out / "old.safetensors.part.ledger").write_text(ledger)
     (out / "mine.part").write_text("not fetch's")
+    (out / "mine").mkdir()  # not a folder of the repository
+    (out / "mine/x.part.ledger").write_text(ledger)
+    (out / "gone.part.l4tool-xet").mkdir()
     server.faults.clear()
     fetch(REPO, out, options(server))
-    assert files_below(out).keys() == WANTED | {MANIFEST, "mine.part"}
+    assert files_below(out).keys() == WANTED | {MANIFEST, "mine.part", "mine/x.part.ledger"}
+    assert not (out / "gone.part.l4tool-xet").exists()
 
 
 def test_not_enough_room_is_said_before_the_first_byte(server, out, monkeypatch):

@@ -235,7 +235,7 @@ class _Run:
         self.state, self.summary, self.stop, self.max_errors = state, summary, stop, options.max_errors
         self.pending: dict[int, tuple[LineInfo, int]] = {}  # with the number of pictures
         self.responses = ResponseWriter(
-            front.tokenizer, options.model.resolve().name, "l4_" + summary.fingerprint, state.created_s
+            front.tokenizer, _model_name(options.model), "l4_" + summary.fingerprint, state.created_s
         )
         base = _image_base(options)
         self.preparer = LinePreparer(front.arch, front.chat, front.tiles, front.defaults, base, options.max_images)
@@ -295,6 +295,12 @@ class _Run:
 
     def _advance(self) -> None:
         self.progress.advance(1, self.summary.speed_text(time.monotonic() - self.started_s))
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; in the shared cache, where that is a commit, the repository's."""
+    path = folder.resolve()
+    return path.parent.parent.name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
 def _lost() -> LineError:

@@ -378,3 +378,11 @@ def test_results_travel_as_they_finish(tmp_path, scout_tiny):
 
     run_batch(BatchOptions(source, target, scout_tiny), Watching)
     assert seen == [1, 2]
+
+
+def test_models_in_the_shared_cache_answer_under_their_name(scout_tiny, tmp_path):
+    snapshot = tmp_path / "models--meta-llama--Llama-4-Scout" / "snapshots" / ("0" * 40)
+    checkpoints.copy(scout_tiny, snapshot)
+    (tmp_path / "in.jsonl").write_text(json.dumps(openai("a", messages=USER)) + "\n")
+    run_batch(BatchOptions(tmp_path / "in.jsonl", tmp_path / "out", snapshot), EchoBackend)
+    assert json.loads((tmp_path / "out").read_text())["response"]["body"]["model"] == "Llama-4-Scout"

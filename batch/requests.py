@@ -6,6 +6,7 @@ Ground floor of `batch`: plain dataclasses, no text, no JSON, no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class SamplingParams:
 
     temperature 0 means greedy; top_k 0, top_p 1 and min_p 0 mean off. `seed` makes the draws a function of the
     request alone. `logprobs` None means off; k ≥ 0 asks for the chosen token's log-probability and the k best.
+    Presence and frequency penalties look at the tokens drawn, the repetition penalty also at the prompt (1 is off).
+    `logit_bias` is (token, added to its logit); no stop token is drawn before `min_tokens`.
     Stop strings live in `PreparedRequest`: the engine sees tokens only.
     """
 
@@ -27,6 +30,36 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+
+
+class TokenMask(Protocol):
+    """Which tokens one answer may go on with; it follows that answer alone, token by token."""
+
+    def fill(self, row: np.ndarray) -> None:
+        """Write a bit per token, 1 for allowed, the lowest first, into int32 [ceil(V / 32)]."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token that was drawn. False when it was not allowed."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """The answer is complete and its stop token is drawn."""
+        ...
+
+
+class Grammar(Protocol):
+    """The form that every answer to a request must have."""
+
+    def start(self) -> TokenMask:
+        """The mask of a new answer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +88,7 @@ class PreparedRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     echo_special: bool = False  # keep special tokens in the text
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -86,3 +120,4 @@ class GenerationResult:
     prompt_tokens: int = 0
     error_code: str | None = None
     error_message: str | None = None
+    cached_tokens: int = 0  # of the prompt, taken from what another request had computed

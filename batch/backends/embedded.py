@@ -110,7 +110,9 @@ class EmbeddedBackend:
         request, sampling = job.request, job.request.sampling
         for index in range(request.n):
             seed = derive_seed(sampling.seed, index) if index else sampling.seed
-            sequence = self.engine.add((job, index), request.prompt, replace(sampling, seed=seed), request.images)
+            mask = None if request.grammar is None else request.grammar.start()
+            asked = replace(sampling, seed=seed)
+            sequence = self.engine.add((job, index), request.prompt, asked, request.images, mask)
             job.sequences.append(sequence)
             if request.stop:
                 job.watchers.append(StopWatcher(self._decoder(request), request.stop))

@@ -14,12 +14,13 @@ import torch
 
 from batch.engine.blocks import BlockManager
 from batch.engine.image_features import ImageMismatch, SequenceImages
+from batch.engine.logit_rules import LogitRules, apply_rules
 from batch.engine.runner import ImageEncodingError, Runner
 from batch.engine.sampler import Draw, sample
 from batch.engine.scheduler import Scheduler
 from batch.engine.sequence import Piece, Sequence
 from batch.model.model import Model
-from batch.requests import ImageTiles, SamplingParams
+from batch.requests import ImageTiles, SamplingParams, TokenMask
 from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
 from quant.memory import BlockNeed, pools
@@ -100,18 +101,20 @@ class Engine:
         )
 
     def add(
-        self, handle: object, prompt: list[int], sampling: SamplingParams, images: tuple[ImageTiles, ...] = ()
-    ) -> Sequence:
-        """Queue one completion. A request that can never run comes back with `error` set and is not queued.
+        self, handle: object, prompt: list[int], sampling: SamplingParams, images: tuple[ImageTiles, ...] = (),
+        mask: TokenMask | None = None,
+    ) -> Sequence:  # fmt: skip
+        """Queue one completion, whose tokens `mask` allows. One that can never run comes back with `error` set.
 
         A prompt that fits while prompt + max_tokens passes the model's context gets as many tokens as fit
         (finish_reason "length").
         """
         context = self.model.arch.text.max_position_embeddings
+        stop_ids = self.eos_token_ids | sampling.stop_token_ids
         sequence = Sequence(
             handle=handle, tokens=list(prompt), prompt_len=len(prompt), sampling=sampling,
-            max_len=min(len(prompt) + sampling.max_tokens, context),
-            stop_ids=self.eos_token_ids | sampling.stop_token_ids,
+            max_len=min(len(prompt) + sampling.max_tokens, context), stop_ids=stop_ids,
+            rules=LogitRules.of(prompt, sampling, stop_ids, mask),
         )  # fmt: skip
         sequence.error = self._refusal(sequence, images)
         if sequence.error is None and sampling.max_tokens == 0:
@@ -150,7 +153,9 @@ class Engine:
             times.append(time.perf_counter())
             logits = self.runner.forward(step)  # float32 [N, V]
             times.append(time.perf_counter())
-            draws = sample(logits, [s.sampling for s in drawing], [s.num_generated for s in drawing])
+            steps = [s.num_generated for s in drawing]
+            asked = apply_rules(logits, [s.rules for s in drawing], steps)
+            draws = sample(logits, [s.sampling for s in drawing], steps, asked)
             times.append(time.perf_counter())
         except Exception as error:
             return self._recover(plan, error)

@@ -42,8 +42,15 @@ def derive_seed(seed: int, *counters: int) -> int:
     return key
 
 
-def sample(logits: torch.Tensor, params: list[SamplingParams], steps: list[int]) -> list[Draw]:
-    """One token per row of logits (float32 [N, V]); `steps[i]` counts row i's tokens drawn before."""
+def sample(
+    logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
+) -> list[Draw]:
+    """One token per row of logits (float32 [N, V]); `steps[i]` counts row i's tokens drawn before.
+
+    `asked` are the logits after the requests' own rules (penalties, grammars), where there are any: tokens are drawn
+    from these, while log-probabilities stay the model's own.
+    """
+    raw, logits = logits, logits if asked is None else asked
     best, tokens = logits.max(dim=-1)  # [N]; NaN wins a max, so `best` shows every broken row
     rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if rows:
@@ -56,7 +63,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], steps: list[int])
             asking = [params[i] for i in part]
             tokens[index] = _draw(logits[index], torch.tensor(keys, device=logits.device), asking, FIRST_CANDIDATES)
     ids, finite = tokens.tolist(), torch.isfinite(best).tolist()
-    logprobs = _logprobs(logits, params, ids)
+    logprobs = _logprobs(raw, params, ids)
     return [Draw(ids[i], logprobs.get(i)) if finite[i] else Draw(None) for i in range(len(params))]
 
 
@@ -78,6 +85,7 @@ def keep_mask(values: torch.Tensor, total: torch.Tensor, params: list[SamplingPa
     # top_p 1 keeps all, whatever the rounding of the sum; the best candidate always stays.
     kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept &= values >= values[:, :1] + torch.log(min_p)[:, None]  # p ≥ min_p · p_max
+    kept &= values > -math.inf  # what a grammar forbids
     kept[:, 0] = True
     return kept
 
@@ -116,7 +124,8 @@ def _draw(logits: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams]
     if width == vocab:
         return tokens
     rest = _log_rest(scaled, total) + gumbel_noise(keys, torch.full_like(keys, vocab))  # [R]
-    others = (unfiltered & (rest > best)).nonzero()[:, 0]
+    has_rest = scaled[:, -1] > -math.inf  # otherwise a grammar forbids all others, whatever the rounding of `total`
+    others = (unfiltered & has_rest & (rest > best)).nonzero()[:, 0]
     if len(others):
         tokens[others] = _draw_other(logits[others].double() / temperature[others], ids[others], keys[others])
     # Candidates suffice where a filter already refuses the last of them, and all of the top k are among them.

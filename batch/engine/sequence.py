@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from batch.engine.blocks import SequenceBlocks
+from batch.engine.logit_rules import LogitRules
 from batch.requests import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Sequence:
     max_len: int  # prompt + most output tokens
     stop_ids: frozenset[int]
     images: SequenceImages | None = None
+    rules: LogitRules | None = None  # what the request asks of its logits
     num_computed: int = 0
     held: SequenceBlocks = field(default_factory=SequenceBlocks)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -54,9 +56,12 @@ class Sequence:
     def append(self, token: int, logprob: TokenLogprob | None) -> None:
         """Take a drawn token; sets finish_reason when it was the last one."""
         self.tokens.append(token)
+        if self.rules is not None and not self.rules.accept(token):
+            self.error = ("grammar_error", f"the grammar does not go on with token {token}")
+            return
         if logprob is not None:
             self.logprobs.append(logprob)
-        if token in self.stop_ids:
+        if token in self.stop_ids or (self.rules is not None and self.rules.is_done):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_len:
             self.finish_reason = "length"

@@ -9,11 +9,10 @@ import base64
 import binascii
 import io
 import math
-import os
 import re
-import stat
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from batch.local_files import MAX_FILE_BYTES, read_file, shown
 from batch.requests import ImageTiles
 from batch.schema import LineError
 from l4tool.core.arch import VisionArch
@@ -30,7 +30,6 @@ from l4tool.core.sizes import format_bytes
 
 Image.init()
 FORMATS = tuple(f for f in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
-MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
 _BIG_PIXELS = 8_000_000  # pictures above this are decoded one at a time, so that threads do not add up
 
@@ -71,16 +70,18 @@ class TileSpec:
         return cls(vision.image_size, max_tiles, kind, bool(config.get("resize_to_max_canvas", False)))
 
 
-def read_source(source: str, base: Path) -> bytes:
-    """A picture's bytes from a data: URI or a local path relative to `base`. Raises LineError."""
+def read_source(source: str, root: Path, fetch: Callable[[str], bytes] | None = None) -> bytes:
+    """A picture's bytes from a data: URI, a local path below `root`, or with `fetch` from the web. Raises LineError."""
     head = source[:16].lower()
     if head.startswith("data:"):
         return _read_data_uri(source)
     if head.startswith(("http:", "https:")):
-        raise LineError("remote_image", "images from the web are not supported yet; download it and give its path")
-    if re.match(r"[a-z][a-z0-9+.-]+:", head) and not os.path.exists(base / source):
-        raise LineError("invalid_image", f"{_shown(source)}: give a path or a data: URI")
-    return _read_file(base / source, source)
+        if fetch is None:
+            raise LineError("remote_image", "images from the web are off; --allow-url-images fetches them")
+        return fetch(source)
+    if re.match(r"[a-z][a-z0-9+.-]+://", head) and not head.startswith("file:"):
+        raise LineError("invalid_image", f"{shown(source)}: give a path or a data: URI")
+    return read_file(source, root)
 
 
 def _read_data_uri(source: str) -> bytes:
@@ -91,7 +92,7 @@ def _read_data_uri(source: str) -> bytes:
     if "base64" not in (parameter.strip() for parameter in parameters):
         raise LineError("invalid_image", "data: URI that is not base64")
     if kind and not kind.strip().startswith("image/"):
-        raise LineError("invalid_image", f"data: URI of type {_shown(kind)}, not image/…")
+        raise LineError("invalid_image", f"data: URI of type {shown(kind)}, not image/…")
     if len(source) - comma > MAX_FILE_BYTES * 4 // 3 + 4096:
         raise LineError("image_too_large", f"a picture of more than {format_bytes(MAX_FILE_BYTES)}")
     payload = "".join(source[comma + 1 :].split())
@@ -99,31 +100,6 @@ def _read_data_uri(source: str) -> bytes:
         return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise LineError("invalid_image", "data: URI with broken base64") from None
-
-
-def _read_file(path: Path, source: str) -> bytes:
-    """Regular files only: a pipe or a device could block the run or never end."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a valid path"
-        raise LineError("image_not_found", f"cannot open the image {_shown(source)}: {reason}") from None
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise LineError("invalid_image", f"{_shown(source)} is not a file")
-    with open(fd, "rb") as file:
-        if status.st_size > MAX_FILE_BYTES:
-            size, limit = format_bytes(status.st_size), format_bytes(MAX_FILE_BYTES)
-            raise LineError("image_too_large", f"{_shown(source)} has {size}, more than {limit}")
-        try:
-            return file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise LineError("image_not_found", f"cannot read {_shown(source)}: {error.strerror}") from None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 100 else text[:97] + "…")
 
 
 def load_tiles(data: bytes, spec: TileSpec) -> ImageTiles:

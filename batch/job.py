@@ -26,6 +26,8 @@ from batch.schema import LineError
 from batch.state import RunState, StateOptions
 from batch.summary import MaxErrors, Summary, engine_stats, license_duty, model_fingerprint
 from batch.tokenizer import Tokenizer, read_json_object
+from batch.url_images import DEFAULT_MAX_BYTES, UrlFetcher, UrlLimits
+from batch.web_addresses import HostRule, UrlPolicy
 from converters.detect import open_checkpoint
 from converters.origin import read_origin
 from l4tool.core.arch import Arch
@@ -41,7 +43,8 @@ COUNT_AT_MOST_BYTES = 2**30  # larger inputs: the number of lines is estimated f
 class BatchOptions:
     """The command's options. `limit` counts input lines; memory and batch sizes are passed on to the backend. Error
     lines go to `errors` where it is given. `in_order`: the finished output stands in input order. After a signal what
-    runs may take `grace_s` to finish. `-` is standard input or output."""
+    runs may take `grace_s` to finish. `-` is standard input or output. Pictures lie below `image_root` (None: beside the
+    input); with `allow_url_images` they may come from the web, at most `max_image_bytes` each."""
 
     input: Path
     output: Path
@@ -49,6 +52,10 @@ class BatchOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     limit: int | None = None
     max_images: int = DEFAULT_MAX_IMAGES
+    image_root: Path | None = None
+    allow_url_images: bool = False
+    allow_hosts: tuple[str, ...] = ()
+    max_image_bytes: int = DEFAULT_MAX_BYTES
     max_line_bytes: int = MAX_LINE_BYTES
     summary: Path | None = None
     errors: Path | None = None
@@ -133,6 +140,7 @@ def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backen
     lines, and the same call carries on."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open_input(options))
+        _url_fetcher(options)  # wrong options before anything is read
         front = load_front(options)
         fingerprint = model_fingerprint(options.model)
         state = RunState(options.output, options.errors, job_facts(options, front, fingerprint), options.state)
@@ -238,7 +246,9 @@ class _Run:
             front.tokenizer, _model_name(options.model), "l4_" + summary.fingerprint, state.created_s
         )
         base = _image_base(options)
-        self.preparer = LinePreparer(front.arch, front.chat, front.tiles, front.defaults, base, options.max_images)
+        self.preparer = LinePreparer(
+            front.arch, front.chat, front.tiles, front.defaults, base, options.max_images, _url_fetcher(options)
+        )
         self.started_s = time.monotonic()
         self.progress = Progress("batch", total_lines, unit="lines", initial=state.totals.lines)
 
@@ -307,8 +317,20 @@ def _lost() -> LineError:
     return LineError("internal_error", "the backend ended without an answer")
 
 
+def _url_fetcher(options: BatchOptions) -> UrlFetcher | None:
+    """None: no picture comes from the web. Raises UsageError."""
+    rules = tuple(HostRule.parse(text) for text in options.allow_hosts)
+    if not options.allow_url_images:
+        if rules:
+            raise UsageError("--allow-host without --allow-url-images", hint="add --allow-url-images")
+        return None
+    return UrlFetcher(UrlPolicy(rules), UrlLimits(max_bytes=options.max_image_bytes))
+
+
 def _image_base(options: BatchOptions) -> Path:
-    """Where relative paths of pictures begin: beside the input; a pipe has no folder."""
+    """Where relative paths of pictures begin and what none may leave: beside the input; a pipe has no folder."""
+    if options.image_root is not None:
+        return options.image_root
     return options.input.absolute().parent if options.input.is_file() else Path.cwd()
 
 

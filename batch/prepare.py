@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +21,14 @@ from batch.images import TileSpec, load_tiles, read_source
 from batch.jsonl import BadJson, RawLine, parse_json
 from batch.requests import ImageTiles, PreparedRequest
 from batch.schema import Line, LineError, is_openai, line_id, parse_line
+from batch.url_images import PARALLEL_FETCHES, UrlFetcher
 from l4tool.core.arch import Arch
 from l4tool.core.sizes import format_bytes
 
 MAX_AHEAD = 64  # lines read but not yet pulled by the backend
 IMAGE_BUDGET_BYTES = 512 * 2**20
+LINE_FETCH_S = 60.0  # for all pictures that one line has on the web
+_MAYBE_URL = re.compile(rb'"https?:', re.IGNORECASE)
 _CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -59,10 +63,10 @@ class LinePreparer:
 
     def __init__(
         self, arch: Arch, chat: ChatFormat, tiles: TileSpec | None, defaults: SamplingDefaults, image_base: Path,
-        max_images: int,
+        max_images: int, fetcher: UrlFetcher | None = None,
     ) -> None:  # fmt: skip
         self.arch, self.chat, self.tiles, self.defaults = arch, chat, tiles, defaults
-        self.image_base, self.max_images = image_base, max_images
+        self.image_base, self.max_images, self.fetcher = image_base, max_images, fetcher
 
     def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared:
         """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure)."""
@@ -120,16 +124,25 @@ class LinePreparer:
         if self.tiles is None:
             raise LineError("no_vision", "this checkpoint is text-only: it cannot look at images")
         tiles = []
+        fetch = self._fetch_until(time.monotonic() + LINE_FETCH_S)
         for place, image in enumerate(found, 1):
             if gate is not None:
                 gate(0)
             try:
-                tiles.append(load_tiles(read_source(image.source, self.image_base), self.tiles))
+                tiles.append(load_tiles(read_source(image.source, self.image_base, fetch), self.tiles))
             except LineError as error:
                 raise LineError(error.code, f"image {place}: {error.message}") from None
             if gate is not None:
                 gate(tiles[-1].pixels.nbytes)
         return tiles
+
+    def _fetch_until(self, deadline_s: float) -> Callable[[str], bytes] | None:
+        fetcher = self.fetcher
+        return None if fetcher is None else lambda url: fetcher.fetch(url, deadline_s)
+
+    def waits_for_the_web(self, raw: RawLine) -> bool:
+        """Whether the line may hold a picture's URL; a wrong guess costs nothing but a place in the other queue."""
+        return self.fetcher is not None and _MAYBE_URL.search(raw.data) is not None
 
     def _check_tokens(self, prompt: list[int]) -> None:
         if not prompt:
@@ -176,6 +189,8 @@ class PreparingSource:
         self._claim, self._is_stopping = claim, is_stopping
         self._budget_bytes = image_budget_bytes
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+        # Lines that wait for the web have threads of their own: those on this machine are prepared meanwhile.
+        self._web_pool = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="prepare-web")
         self._queue: deque[Future[Prepared]] = deque()
         self._submitted = 0
         self._is_exhausted = False
@@ -210,6 +225,7 @@ class PreparingSource:
             self._is_closed = True
             self._changed.notify_all()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._web_pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
 
     def _fill(self) -> None:
@@ -218,7 +234,8 @@ class PreparingSource:
             if raw is None:
                 self._is_exhausted = True
                 return
-            self._queue.append(self._pool.submit(self._prepare, self._submitted, raw))
+            pool = self._web_pool if self._preparer.waits_for_the_web(raw) else self._pool
+            self._queue.append(pool.submit(self._prepare, self._submitted, raw))
             self._submitted += 1
 
     def _prepare(self, place: int, raw: RawLine) -> Prepared:

@@ -14,7 +14,18 @@ FLOORS = [
     ("converters",),
     ("batch.requests",),
     ("quant",),
-    ("batch.line_models", "batch.schema", "batch.jsonl", "batch.chat", "batch.tokenizer", "batch.images"),
+    (
+        "batch.line_models",
+        "batch.schema",
+        "batch.jsonl",
+        "batch.chat",
+        "batch.tokenizer",
+        "batch.images",
+        "batch.local_files",
+        "batch.web_addresses",
+        "batch.url_images",
+        "batch.template",
+    ),
     ("batch.kernels",),
     ("batch.model",),
     ("batch.engine",),
@@ -32,6 +43,10 @@ FRONT_SEES = (
     "batch.chat",
     "batch.tokenizer",
     "batch.images",
+    "batch.local_files",
+    "batch.web_addresses",
+    "batch.url_images",
+    "batch.template",
 )
 OURS = ("l4tool", "converters", "quant", "batch")
 

@@ -51,6 +51,13 @@ class _Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
 @click.option("--max-images", type=click.IntRange(0), default=48, show_default=True, help="Images allowed in one line.")
+@click.option("--image-root", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+              help="Folder that pictures may lie in.  [default: IN.jsonl's]")  # fmt: skip
+@click.option("--allow-url-images", is_flag=True, help="Fetch pictures from public http and https servers.")
+@click.option("--allow-host", "allow_hosts", multiple=True, metavar="HOST",
+              help="Only from there: a name, *.suffix, or host:port, which may be private; repeatable.")  # fmt: skip
+@click.option("--max-image-bytes", type=_Size(), metavar="SIZE", default="20MiB", show_default=True,
+              help="Largest picture fetched from the web.")  # fmt: skip
 @click.option("--order", type=click.Choice(["completion", "input"]), default="completion", show_default=True,
               help="Order of the finished output; while it runs, lines come as they finish.")  # fmt: skip
 @click.option("--errors", type=_PATH, metavar="FILE", help="Write error lines there instead.")

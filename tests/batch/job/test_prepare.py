@@ -246,6 +246,9 @@ def test_not_waiting_does_not_wait(preparer):
             release.wait(10)
             return preparer.prepare(raw, gate)
 
+        def waits_for_the_web(self, raw):
+            return False
+
     source = PreparingSource(raw_lines(3), Slow(), lambda *a: None, lambda *a: None)
     assert source.take(wait=False) is None
     release.set()

@@ -173,7 +173,7 @@ class Journal:
         with write_errors(self.path):
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, _head(header))
+            self._write_whole(_head(header))
             os.fsync(self._fd)
         self.num_results = 0
 
@@ -185,17 +185,26 @@ class Journal:
         self.num_results = int((contents.records["kind"] == Kind.RESULT).sum())
 
     def append(self, packed: bytes) -> None:
-        """One or more packed records, in one write."""
+        """One or more packed records, whole or not at all."""
         with write_errors(self.path):
-            written = os.write(self._fd, packed)
-            if written < len(packed):  # the disk is full: take the torn one back, and let the next write say so
-                os.ftruncate(self._fd, os.lseek(self._fd, -written, os.SEEK_CUR))
-                os.write(self._fd, packed)
+            self._write_whole(packed)
 
-    def take_back(self, num_bytes: int) -> None:
-        """Cut off the last `num_bytes` again: their line could not be written."""
-        with contextlib.suppress(OSError):
+    def _write_whole(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            self.take_back(len(data) - len(view))
+            raise
+
+    def take_back(self, num_bytes: int) -> bool:
+        """Cut off the last `num_bytes` again: their line could not be written. False where that cannot be done."""
+        try:
             os.ftruncate(self._fd, os.lseek(self._fd, -num_bytes, os.SEEK_CUR))
+        except OSError:
+            return False
+        return True
 
     def sync(self) -> None:
         with write_errors(self.path):

@@ -60,6 +60,9 @@ def rewrite(
     finally:
         for part in (*parts, log):
             part.close()
+    for folder in {part.path.parent for part in (*parts, log)}:
+        with write_errors(folder):
+            fsync_dir(folder)
     journal.append(pack_other(Kind.REWRITE))
     journal.sync()
     roll_forward([file.path for file in files], journal.path)
@@ -82,7 +85,7 @@ def roll_forward(paths: Sequence[Path], journal_path: Path) -> bool:
         with write_errors(path):
             if part_path(path).exists():  # gone: it has its place already
                 os.replace(part_path(path), path)
-    fsync_dir(journal_path.parent)
+            fsync_dir(path.parent)  # one by one: on no disk may the journal be ahead of its files
     return True
 
 

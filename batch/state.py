@@ -24,6 +24,7 @@ from batch.jsonl import RawLine
 from batch.key_table import KeyTable
 from batch.line_keys import LineKeys
 from batch.output import OutputFile
+from l4tool.core.atomic import fsync_dir, write_errors
 from l4tool.core.errors import WriteError
 
 FORCE_HINT = "give the same options as before, choose another output, or --force to start over"
@@ -243,8 +244,17 @@ class RunState:
                 self.journal.begin({"job": self._job, "created": self.created_s})
             else:
                 self.journal.carry_on(self._contents)
+                if self.is_complete:  # from now on a longer output is a torn one, not somebody's change
+                    self.journal.append(
+                        pack_other(Kind.SYNCED, line=sizes[1] if len(sizes) > 1 else 0, offset=sizes[0])
+                    )
+                    self.journal.sync()
         for file, size in zip(self.files, sizes, strict=False):
             file.start(size)
+        if self.journal is not None:
+            for folder in {path.parent for path in (self.journal.path, *self.paths)}:
+                with write_errors(folder):
+                    fsync_dir(folder)  # the names of new files
         self._is_started = True
 
     def write(
@@ -269,8 +279,7 @@ class RunState:
         try:
             file.write(data)
         except BaseException:
-            self.journal.take_back(len(packed))
-            self._is_torn = False
+            self._is_torn = not self.journal.take_back(len(packed))
             raise
         self._is_torn = False
         self.journal.num_results += 1
@@ -322,12 +331,14 @@ class RunState:
         """Everything written so far survives a power cut."""
         if self._is_torn or not self._is_started:
             return
+        self._is_torn = True  # stays so if this fails: a second fsync may succeed though the first one lost data
         for file in self.files:
             file.sync()
         if self.journal is not None and self._since_sync:
             sizes = [file.size for file in self.files] + [0]
             self.journal.append(pack_other(Kind.SYNCED, line=sizes[1], offset=sizes[0]))
             self.journal.sync()
+        self._is_torn = False
         self._since_sync, self._synced_s = 0, time.monotonic()
 
     # -- the end

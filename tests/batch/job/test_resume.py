@@ -356,7 +356,7 @@ class TestRepair:
         assert sorted(line["id"] for line in job.lines) == list(range(40))
 
 
-@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("step", range(10))
 def test_a_crash_while_the_output_is_put_in_order(job, step, monkeypatch):
     job.write([*many(30), b"bad"])
     calls = []
@@ -364,7 +364,8 @@ def test_a_crash_while_the_output_is_put_in_order(job, step, monkeypatch):
 
     def crash_at(real):
         def call(*args):
-            calls.append(args)
+            if any(job.target.parent.glob("*.part")):
+                calls.append(args)
             if len(calls) == step + 1:
                 raise KeyboardInterrupt
             return real(*args)
@@ -379,7 +380,7 @@ def test_a_crash_while_the_output_is_put_in_order(job, step, monkeypatch):
     except KeyboardInterrupt:
         pass
     else:
-        assert step >= 7
+        assert step == 9  # three files are synced, then their names, then each takes its place
     monkeypatch.undo()
     summary = run_batch(options, no_backend)
     assert summary.ok == 30 and [line["id"] for line in job.lines] == list(range(30))

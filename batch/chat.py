@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from batch.requests import ImageTiles
 from batch.schema import ImageRef, LineError, Turn
+from batch.template import RENDER_TIMEOUT_S, TIMEOUT_CHARS_PER_S, TemplateFailure, TemplateRefusal, make_renderer
 from batch.tokenizer import Tokenizer, read_json_object
+from batch.tools import call_arguments
 from l4tool.core.errors import CheckpointError
 
-RENDER_TIMEOUT_S = 5.0
 MAX_GROWTH_CHARS = 1 << 20  # what a template may add to the text of the request
 IMAGE_TOKEN = "<|image|>"
 
@@ -38,72 +32,14 @@ DEFAULT_TEMPLATE = (
     "{{- '<|header_start|>' + ('ipython' if message.role == 'tool' else message.role) + '<|header_end|>\n\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
     "{%- if part.type == 'image' %}{{- '<|image|>' }}{%- else %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}"
-    "{{- '<|eom|>' if message.role in ('tool', 'ipython') else '<|eot|>' }}{%- endfor %}"
+    "{%- for call in message.tool_calls or [] %}{{- {'type': 'function', 'name': call.function.name, "
+    "'parameters': call.function.arguments} | tojson }}{%- endfor %}"
+    "{{- '<|eom|>' if message.role in ('tool', 'ipython') or message.tool_calls else '<|eot|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif %}"
 )
 
 # Noncharacters first, then private use: the first one that the request does not contain is the breaker.
 _BREAKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF1000))]
-
-
-class _GenerationTag(Extension):
-    """transformers' {% generation %} … {% endgeneration %}, which marks text for training: here just its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with a deadline and a ceiling on strings that a template multiplies or pads."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _raise_exception
-        for name in ("center", "format", "wordwrap"):  # these make long strings out of small numbers
-            del self.filters[name]
-
-    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        deadline_s = context.get("l4tool_deadline_s")
-        if deadline_s is not None and time.monotonic() > deadline_s:
-            raise jinja2.TemplateError("it takes too long")
-        if getattr(function, "__name__", "") in ("ljust", "rjust", "center", "zfill", "expandtabs", "format"):
-            raise jinja2.TemplateError(f"str.{function.__name__} is not allowed in a chat template")
-        return super().call(context, function, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if not _harmless(operator, left, right):
-            raise jinja2.TemplateError(f"'{operator}' on these values is not allowed in a chat template")
-        return super().call_binop(context, operator, left, right)
-
-
-def _harmless(operator: str, left: Any, right: Any) -> bool:
-    """Whether `*`, `**` or `%` stays small: numbers within bounds, or a short string repeated a few times."""
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        return operator != "**" or (abs(left) <= 2**32 and abs(right) <= 64)
-    if operator != "*":
-        return False
-    count, text = (left, right) if isinstance(left, int) else (right, left)
-    return isinstance(count, int) and isinstance(text, str) and count * len(text) <= 10_000
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-            sort_keys: bool = False) -> str:  # fmt: skip
-    """The filter as transformers defines it (no HTML escapes)."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Refused(jinja2.TemplateError):
-    """raise_exception() in a template: the template's own words about a conversation it does not take."""
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
 
 
 def find_template(folder: Path) -> str | None:
@@ -135,13 +71,11 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, tokens_per_tile: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
-        now = datetime.now()
-        environment = _Environment()
-        environment.globals["strftime_now"] = now.strftime  # one date for the whole run
+        self.has_template = template is not None
         try:
-            self._template = environment.from_string(DEFAULT_TEMPLATE if template is None else template)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise CheckpointError(f"the chat template is not valid: {error}") from error
+            self._renderer = make_renderer(DEFAULT_TEMPLATE if template is None else template, datetime.now())
+        except TemplateFailure as error:
+            raise CheckpointError(f"the chat template is not valid: {error}") from None
         self._risky = _risky_pattern(tokenizer)
         if tokens_per_tile is not None:
             names = ("image_start", "image_end", "tile_x_separator", "tile_y_separator", "image", "patch")
@@ -151,10 +85,12 @@ class ChatFormat:
         except LineError as error:
             raise CheckpointError(f"the chat template cannot render a plain user message: {error.message}") from error
 
-    def encode(self, turns: Sequence[Turn], images: Sequence[ImageTiles]) -> list[int]:
+    def encode(
+        self, turns: Sequence[Turn], images: Sequence[ImageTiles], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Conversation → prompt ids up to the assistant's turn; `images` in the order of the parts. LineError."""
-        breaker = _unused_breaker(turns)
-        rendered = self.render(turns, breaker)
+        breaker = _unused_breaker(turns, tools)
+        rendered = self.render(turns, breaker, tools)
         ids: list[int] = []
         left = iter(images)
         used = 0
@@ -187,36 +123,31 @@ class ChatFormat:
         start = self.tokenizer.control_tokens.get(bos) if bos else None
         return ids if start is None or ids[:1] == [start] else [start, *ids]
 
-    def render(self, turns: Sequence[Turn], breaker: str) -> str:
+    def render(self, turns: Sequence[Turn], breaker: str, tools: Sequence[dict[str, Any]] = ()) -> str:
         """The template's text, with `breaker` inside every special token that user text spells. Raises LineError."""
+        if tools and not self.has_template:
+            raise LineError("template_error", "this checkpoint has no chat template to tell it of tools")
         messages = [self._message(turn, breaker) for turn in turns]
-        text_chars = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-        deadline_s = time.monotonic() + RENDER_TIMEOUT_S
+        text_chars = sum(len(text) for text in _texts(turns, tools))
+        variables = {
+            "messages": messages,
+            "tools": self._guarded(list(tools), breaker) if tools else None,  # templates test for None, as transformers passes it
+            "documents": None,
+            "add_generation_prompt": True,
+            **self.tokenizer.named_tokens,
+        }
         limit_chars = 4 * text_chars + MAX_GROWTH_CHARS
-        pieces, size = [], 0
+        timeout_s = RENDER_TIMEOUT_S + text_chars / TIMEOUT_CHARS_PER_S
         try:
-            for piece in self._template.generate(
-                messages=messages,
-                tools=None,  # templates test for None, as transformers passes it
-                documents=None,
-                add_generation_prompt=True,
-                l4tool_deadline_s=deadline_s,
-                **self.tokenizer.named_tokens,
-            ):
-                pieces.append(piece)
-                size += len(piece)
-                if size > limit_chars or time.monotonic() > deadline_s:
-                    raise jinja2.TemplateError("it writes too much or takes too long")
-        except _Refused as error:
+            return self._renderer.render(variables, limit_chars, timeout_s)
+        except TemplateRefusal as error:
             raise LineError("template_error", f"the chat template refuses the conversation: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
-                RecursionError, MemoryError) as error:  # fmt: skip
-            raise LineError("template_error", f"the chat template fails: {error or type(error).__name__}") from None
-        return "".join(pieces)
+        except TemplateFailure as error:
+            raise LineError("template_error", f"the chat template fails: {error}") from None
 
     def _message(self, turn: Turn, breaker: str) -> dict[str, Any]:
         def guarded(text: str) -> str:
-            return self._risky.sub(lambda match: match.group() + breaker, text)
+            return str(self._guarded(text, breaker))
 
         content: str | list[dict[str, str]]
         if any(isinstance(part, ImageRef) for part in turn.parts):
@@ -229,7 +160,25 @@ class ChatFormat:
         message: dict[str, Any] = {"role": turn.role, "content": content}
         if turn.name is not None:
             message["name"] = guarded(turn.name)
+        if turn.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call_arguments(call)}}
+                for call in turn.tool_calls
+            ]
+            message["tool_calls"] = self._guarded(message["tool_calls"], breaker)
+        if turn.tool_call_id is not None:
+            message["tool_call_id"] = guarded(turn.tool_call_id)
         return message
+
+    def _guarded(self, value: Any, breaker: str) -> Any:
+        """A JSON value with the breaker in every string that could begin a special token."""
+        if isinstance(value, str):
+            return self._risky.sub(lambda match: match.group() + breaker, value)
+        if isinstance(value, list):
+            return [self._guarded(item, breaker) for item in value]
+        if isinstance(value, dict):
+            return {self._guarded(key, breaker): self._guarded(item, breaker) for key, item in value.items()}
+        return value
 
     def image_ids(self, grid: tuple[int, int]) -> list[int]:
         """One picture's tokens, as Meta's ChatFormat and transformers' Llama4Processor write them."""
@@ -261,8 +210,16 @@ def _risky_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(choices))
 
 
-def _unused_breaker(turns: Sequence[Turn]) -> str:
+def _texts(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[str]:
+    """All of a line's own text that the template is given."""
+    texts = [text for turn in turns for text in (*turn.parts, turn.name, turn.tool_call_id) if isinstance(text, str)]
+    texts += [text for turn in turns for call in turn.tool_calls for text in (call.id, call.name, call.arguments)]
+    return [*texts, json.dumps(list(tools), ensure_ascii=False)] if tools else texts
+
+
+def _unused_breaker(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> str:
+    texts = _texts(turns, tools)
     for breaker in _BREAKERS:
-        if not any(breaker in text for turn in turns for text in (*turn.parts, turn.name) if isinstance(text, str)):
+        if not any(breaker in text for text in texts):
             return breaker
     raise LineError("invalid_request", "the text uses every noncharacter of Unicode")

@@ -25,6 +25,8 @@ FLOORS = [
         "batch.web_addresses",
         "batch.url_images",
         "batch.template",
+        "batch.template_bounds",
+        "batch.template_process",
     ),
     ("batch.kernels",),
     ("batch.model",),
@@ -47,6 +49,8 @@ FRONT_SEES = (
     "batch.web_addresses",
     "batch.url_images",
     "batch.template",
+    "batch.template_bounds",
+    "batch.template_process",
 )
 OURS = ("l4tool", "converters", "quant", "batch")
 

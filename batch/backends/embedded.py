@@ -30,7 +30,8 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens."""
+    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
+    `memory_share` says have this memory to themselves."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -38,6 +39,7 @@ class EmbeddedOptions:
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
     block_size: int | None = None
+    memory_share: int = 1
 
 
 @dataclass(eq=False)
@@ -189,6 +191,6 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
         )
     kv_bytes = options.kv_memory_bytes
     if kv_bytes is None:
-        kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens))
+        kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
     return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size)

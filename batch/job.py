@@ -68,6 +68,7 @@ class BatchOptions:
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,31 @@ MakeBackend = Callable[[BatchOptions, Front], Backend]
 
 
 def embedded_backend(options: BatchOptions, front: Front) -> Backend:
-    """The built-in engine. Which tokens end a completion is in every request, so it gets none of its own."""
-    import torch
+    """The built-in engine, in this process or in several. Which tokens end a completion is in every request, so it
+    gets none of its own."""
+    engine: dict[str, Any] = {
+        "device": _device(options.device),
+        "dtype": None if options.dtype == "auto" else options.dtype,
+        "max_batch_tokens": options.max_batch_tokens,
+        "kv_memory_bytes": options.kv_memory_bytes,
+        "max_seqs": options.max_seqs,
+    }
+    if options.workers > 1:
+        from batch.backends.workers import embedded_workers
 
+        return embedded_workers(options.model, engine, options.workers)
     from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedded = EmbeddedOptions(
-        device=device,
-        dtype=None if options.dtype == "auto" else options.dtype,
-        max_batch_tokens=options.max_batch_tokens,
-        kv_memory_bytes=options.kv_memory_bytes,
-        max_seqs=options.max_seqs,
-    )
-    return EmbeddedBackend(options.model, front.tokenizer, embedded, eos_token_ids=())
+    return EmbeddedBackend(options.model, front.tokenizer, EmbeddedOptions(**engine), eos_token_ids=())
+
+
+def _device(name: str) -> str:
+    """What "auto" means on this machine."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_front(options: BatchOptions) -> Front:

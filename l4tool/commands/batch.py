@@ -49,6 +49,8 @@ class _Size(click.ParamType):
 @click.option("--max-seqs", type=click.IntRange(1), help="Answers in work at the same time.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Processes that compute: one CUDA device each, or the CPU cores split.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
 @click.option("--max-images", type=click.IntRange(0), default=48, show_default=True, help="Images allowed in one line.")
 @click.option("--image-root", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",

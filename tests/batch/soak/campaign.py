@@ -195,10 +195,13 @@ class Job:
                 if b"number" in self.lines[place]:
                     self.lines[place] = self.lines[place].replace(b"number", b"changed number", 1)
             else:
-                line = self.lines.pop(draw.randrange(len(self.lines)))
-                self.was_moved = True
-                with_id = json.loads(line) if line.startswith(b"{") else {}
-                self.gone.add(invariants.name(with_id))
+                self.remove(draw.randrange(len(self.lines)))
+
+    def remove(self, place: int) -> None:
+        """Take a line out of the input (one with an id, so that its answer can be told from others)."""
+        if self.lines[place].startswith(b"{"):
+            self.gone.add(invariants.name(json.loads(self.lines.pop(place))))
+            self.was_moved = True
 
     # -- the whole life of a job
 

@@ -11,9 +11,12 @@ from typing import Any, BinaryIO
 
 MAX_LINE_BYTES = 64 * 2**20
 HEAD_BYTES = 4096
+MAX_PARTS = 1_000_000  # strings, keys, arrays and objects in a line: each costs up to 50 times its bytes in memory
+MAX_KEYS = 10_000  # in one object
 _SKIP_BYTES = 2**20
 _BOM = b"\xef\xbb\xbf"
 _SEPARATORS = [(chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029)]
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -80,11 +83,13 @@ def _no_constant(name: str) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise BadJson(f"an object with more than {MAX_KEYS:,} keys")
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise BadJson(f"the key {twice!r} appears twice in one object")
+        raise BadJson(f"the key {twice[:100]!r} appears twice in one object")
     return result
 
 
@@ -97,6 +102,8 @@ def parse_json(data: bytes) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadJson(f"not valid UTF-8 at byte {error.start}") from None
+    if len(data) > MAX_PARTS:
+        _refuse_too_many_parts(data)
     try:
         value = _DECODER.decode(text)
     except BadJson:
@@ -110,6 +117,22 @@ def parse_json(data: bytes) -> Any:
     if _SURROGATE_ESCAPE.search(data):
         _refuse_lone_surrogates(value)
     return value
+
+
+def _refuse_too_many_parts(data: bytes) -> None:
+    """Before anything is built: 64 MiB of `[],[],…` would become gigabytes."""
+    if data.count(b'"') // 2 + sum(map(data.count, (b"[", b"{"))) <= MAX_PARTS:
+        return
+    strings = parts = 0
+    place = 0
+    for match in _STRING.finditer(data):
+        strings += 1
+        parts += data.count(b"[", place, match.start()) + data.count(b"{", place, match.start())
+        place = match.end()
+        if strings + parts > MAX_PARTS:
+            break
+    if strings + parts + data.count(b"[", place) + data.count(b"{", place) > MAX_PARTS:
+        raise BadJson(f"more than {MAX_PARTS:,} strings, arrays and objects")
 
 
 def _refuse_lone_surrogates(value: Any) -> None:

@@ -67,21 +67,33 @@ def _children(node: nodes.Node, own: set[str] | None, writes: bool) -> bool:
 
 
 def _filter(node: nodes.Filter, own: set[str] | None, writes: bool) -> bool:
-    if node.name == "tojson" and not (writes and node.node is not None and _is_path(node.node)):
-        return False  # JSON within JSON within JSON doubles its backslashes every time
     if node.name not in _FILTERS or node.node is None or node.dyn_args or node.dyn_kwargs:
         return False
-    values = [*node.args, *(keyword.value for keyword in node.kwargs)]
-    for value in values:  # tojson(indent=…): a small constant
+    for value in (*node.args, *(keyword.value for keyword in node.kwargs)):  # tojson(indent=…): a small constant
         if not isinstance(value, nodes.Const) or (isinstance(value.value, int) and not 0 <= value.value <= 8):
             return False
+    if node.name == "tojson":  # JSON within JSON within JSON would double its backslashes every time
+        return writes and _is_data(node.node, own)
     return _statement(node.node, own, writes=False)
 
 
+def _is_data(node: nodes.Node, own: set[str] | None) -> bool:
+    """A path, or an object written out of paths and constants."""
+    if isinstance(node, nodes.Dict):
+        return all(
+            isinstance(pair.key, nodes.Const) and (isinstance(pair.value, nodes.Const) or _is_data(pair.value, own))
+            for pair in node.items
+        )
+    return _is_path(node) and _statement(node, own, writes=False)
+
+
 def _loop(node: nodes.For, own: set[str] | None) -> bool:
-    if node.recursive or node.else_ or not isinstance(node.target, nodes.Name) or not _is_path(node.iter):
+    data = node.iter
+    if isinstance(data, nodes.Or) and isinstance(data.right, nodes.List) and not data.right.items:
+        data = data.left  # "… or []"
+    if node.recursive or node.else_ or not isinstance(node.target, nodes.Name) or not _is_path(data):
         return False
-    if own is not None and not _statement(node.iter, own, writes=False):
+    if not _statement(data, own, writes=False):
         return False
     inner = {node.target.name}
     if node.test is not None and not _statement(node.test, inner, writes=False):

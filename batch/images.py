@@ -70,7 +70,7 @@ class TileSpec:
         return cls(vision.image_size, max_tiles, kind, bool(config.get("resize_to_max_canvas", False)))
 
 
-def read_source(source: str, root: Path, fetch: Callable[[str], bytes] | None = None) -> bytes:
+def read_source(source: str, root: Path | None, fetch: Callable[[str], bytes] | None = None) -> bytes:
     """A picture's bytes from a data: URI, a local path below `root`, or with `fetch` from the web. Raises LineError."""
     head = source[:16].lower()
     if head.startswith("data:"):
@@ -81,6 +81,10 @@ def read_source(source: str, root: Path, fetch: Callable[[str], bytes] | None = 
         return fetch(source)
     if re.match(r"[a-z][a-z0-9+.-]+://", head) and not head.startswith("file:"):
         raise LineError("invalid_image", f"{shown(source)}: give a path or a data: URI")
+    if root is None:
+        raise LineError(
+            "image_not_found", f"{shown(source)}: an input behind a URL has no pictures beside it; see --image-root"
+        )
     return read_file(source, root)
 
 

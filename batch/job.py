@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from batch.backends.base import Backend
 from batch.chat import ChatFormat, find_template
 from batch.generation import SamplingDefaults, SamplingOptions
 from batch.images import TileSpec
+from batch.inputs import Input, Lines, open_input
 from batch.journal import NO_KEY
-from batch.jsonl import MAX_LINE_BYTES, LineReader, RawLine, count_lines, dump_line
-from batch.line_keys import LineKeys, id_key
+from batch.jsonl import MAX_LINE_BYTES, LineReader, RawLine, dump_line
+from batch.line_keys import LineKeys, Shard, id_key
 from batch.prepare import LineInfo, LinePreparer, PreparingSource
 from batch.requests import GenerationResult, PreparedRequest
 from batch.responses import ResponseWriter
 from batch.schema import LineError
+from batch.spool import Delivery
 from batch.state import RunState, StateOptions
 from batch.summary import MaxErrors, Summary, engine_stats, license_duty, model_fingerprint
 from batch.tokenizer import Tokenizer, read_json_object
@@ -43,14 +44,16 @@ COUNT_AT_MOST_BYTES = 2**30  # larger inputs: the number of lines is estimated f
 class BatchOptions:
     """The command's options. `limit` counts input lines; memory and batch sizes are passed on to the backend. Error
     lines go to `errors` where it is given. `in_order`: the finished output stands in input order. After a signal what
-    runs may take `grace_s` to finish. `-` is standard input or output. Pictures lie below `image_root` (None: beside the
+    runs may take `grace_s` to finish. `-` is standard input or output; the input may be a URL. With `shard` only
+    its lines are answered. Pictures lie below `image_root` (None: beside the
     input); with `allow_url_images` they may come from the web, at most `max_image_bytes` each."""
 
-    input: Path
+    input: Path | str
     output: Path
     model: Path
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     limit: int | None = None
+    shard: Shard | None = None
     max_images: int = DEFAULT_MAX_IMAGES
     image_root: Path | None = None
     allow_url_images: bool = False
@@ -83,6 +86,7 @@ class Front:
 
 
 MakeBackend = Callable[[BatchOptions, Front], Backend]
+LoadFront = Callable[[BatchOptions], Front]
 
 
 def embedded_backend(options: BatchOptions, front: Front) -> Backend:
@@ -145,13 +149,19 @@ def _image_config(folder: Path) -> dict[str, Any]:
     return found or (nested if isinstance(nested, dict) else {})
 
 
-def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backend) -> Summary:
-    """Answer every line of the input that has no answer yet. Raises L4Error; what was written until then is whole
-    lines, and the same call carries on."""
+def run_batch(
+    options: BatchOptions, make_backend: MakeBackend = embedded_backend, *, load: LoadFront = load_front,
+    deliveries: Sequence[Delivery] = (),
+) -> Summary:  # fmt: skip
+    """Answer every line of the input that has no answer yet, and deliver the files that the complete output goes to.
+    Raises L4Error; what was written until then is whole lines, and the same call carries on."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_open_input(options))
+        source = open_input(options.input)
+        file = stack.enter_context(source.open())
+        _check_targets(options, source)
+        lines = Lines(LineReader(file, options.max_line_bytes, options.limit), source.name)
         _url_fetcher(options)  # wrong options before anything is read
-        front = load_front(options)
+        front = load(options)
         fingerprint = model_fingerprint(options.model)
         state = RunState(options.output, options.errors, job_facts(options, front, fingerprint), options.state)
         stack.callback(state.close)
@@ -159,7 +169,7 @@ def run_batch(options: BatchOptions, make_backend: MakeBackend = embedded_backen
         duty = license_duty(read_origin(options.model, read_json_object(options.model / "config.json")))
         summary = Summary(str(options.input), str(options.output), str(options.model), fingerprint, duty, state.totals)
         try:
-            _answer(options, front, source, state, summary, stop, make_backend)
+            _answer(options, front, source, lines, state, summary, stop, make_backend, deliveries)
         except BaseException:
             _report_unfinished(options, state, summary)
             raise
@@ -179,21 +189,22 @@ def job_facts(options: BatchOptions, front: Front, fingerprint: str) -> dict[str
         "max_images": options.max_images,
         "error_file": None if options.errors is None else options.errors.name,
         "duplicates": "run-each" if options.state.run_each else "error",
+        "shard": None if options.shard is None else str(options.shard),
     }
 
 
 def _answer(
-    options: BatchOptions, front: Front, source: BinaryIO, state: RunState, summary: Summary, stop: GracefulStop,
-    make_backend: MakeBackend,
+    options: BatchOptions, front: Front, source: Input, lines: Lines, state: RunState, summary: Summary,
+    stop: GracefulStop, make_backend: MakeBackend, deliveries: Sequence[Delivery],
 ) -> None:  # fmt: skip
     """Load the model and run, unless there is nothing to do."""
-    base = _image_base(options)
-    total = _look_ahead(options, source, state, base)
-    reader, keys = LineReader(source, options.max_line_bytes, options.limit), LineKeys(base)
-    wanted = state.wanted(reader, keys)
+    total = _look_ahead(options, source, state)
+    keys = LineKeys(_image_base(options), options.shard)
+    wanted = state.wanted(lines, keys)
     first = next(wanted, None)
     if first is None:
-        note(_nothing_to_do(options, reader, state))
+        lines.raise_if_broken()
+        note(_nothing_to_do(options, keys, deliveries))
     else:
         if state.num_skipped or state.has_results:
             note(f"carrying on: {state.totals.lines:,} lines of {options.output} are done")
@@ -204,30 +215,38 @@ def _answer(
             run = _Run(options, front, state, summary, stop, total)
             run.run(backend, itertools.chain([first], wanted))
         stop.raise_if_requested()
-    summary.lines, summary.blank_lines = reader.lines, reader.blank_lines
-    if first is not None or not state.is_complete:
-        state.finish(reader.lines, keys.digest(), options.in_order)
+        lines.raise_if_broken()
+    summary.lines, summary.blank_lines = keys.lines, lines.reader.blank_lines
+    if first is not None or options.limit is None or not state.is_complete:
+        state.finish(lines.reader.lines, keys.digest(), options.in_order)
     if options.limit is None and (gone := state.num_gone()):
         note(f"{gone:,} lines of {options.output} answer lines that the input does not have any more")
+    for delivery in deliveries:
+        delivery.deliver()
     summary.is_complete = True
 
 
-def _look_ahead(options: BatchOptions, source: BinaryIO, state: RunState, base: Path) -> int | None:
-    """The number of input lines; where there are results already, also which of them are still asked for."""
-    if not options.input.is_file():
+def _look_ahead(options: BatchOptions, source: Input, state: RunState) -> int | None:
+    """The number of lines to be answered; where there are results already, also which of them are still asked for."""
+    if source.is_stream:
         return options.limit
-    if not state.has_results:
-        total = count_lines(options.input, COUNT_AT_MOST_BYTES)
-        return total if options.limit is None or total is None else min(total, options.limit)
-    total = state.meet(LineReader(source, options.max_line_bytes, options.limit), LineKeys(base))
-    source.seek(0)
-    return total
+    if state.has_results:
+        with source.open() as file:
+            lines = Lines(LineReader(file, options.max_line_bytes, options.limit), source.name)
+            return state.meet(lines, LineKeys(_image_base(options), options.shard))
+    total = source.count_lines(COUNT_AT_MOST_BYTES)
+    if total is not None and options.limit is not None:
+        total = min(total, options.limit)
+    return total if total is None or options.shard is None else round(total / options.shard.count)
 
 
-def _nothing_to_do(options: BatchOptions, reader: LineReader, state: RunState) -> str:
-    if not reader.lines:
-        return f"nothing to do: {options.input} has no lines"
-    return f"nothing to do: all {reader.lines:,} lines of {options.input} are done"
+def _nothing_to_do(options: BatchOptions, keys: LineKeys, deliveries: Sequence[Delivery]) -> str:
+    lines = f"lines of {options.input}" + (f" in shard {options.shard}" if options.shard else "")
+    if not keys.lines:
+        return f"nothing to do: there are no {lines}"
+    if not all(delivery.is_done() for delivery in deliveries):
+        return f"all {keys.lines:,} {lines} are done; now they are delivered"
+    return f"nothing to do: all {keys.lines:,} {lines} are done"
 
 
 def _report_unfinished(options: BatchOptions, state: RunState, summary: Summary) -> None:
@@ -337,36 +356,22 @@ def _url_fetcher(options: BatchOptions) -> UrlFetcher | None:
     return UrlFetcher(UrlPolicy(rules), UrlLimits(max_bytes=options.max_image_bytes))
 
 
-def _image_base(options: BatchOptions) -> Path:
-    """Where relative paths of pictures begin and what none may leave: beside the input; a pipe has no folder."""
+def _image_base(options: BatchOptions) -> Path | None:
+    """Where relative paths of pictures begin and what none may leave: beside the input; a pipe has no
+    folder, and what lies beside a remote input is not looked at."""
     if options.image_root is not None:
         return options.image_root
-    return options.input.absolute().parent if options.input.is_file() else Path.cwd()
+    return open_input(options.input).folder
 
 
-def _open_input(options: BatchOptions) -> BinaryIO:
-    """The input, open for reading, after the checks that need no more than paths. Raises L4Error."""
-    path = options.input
-    try:
-        file = open(0, "rb", closefd=False) if str(path) == "-" else open(path, "rb")
-    except OSError as error:
-        raise InputMissing(f"cannot read {path}: {error.strerror}") from None
-    try:
-        _check_targets(options, file)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _check_targets(options: BatchOptions, source: BinaryIO) -> None:
+def _check_targets(options: BatchOptions, source: Input) -> None:
     """Every file to be written has a folder and is neither the input nor another one of them."""
     targets = {"the output": options.output, "--errors": options.errors, "--summary": options.summary}
     seen: dict[Path, str] = {}
     for name, target in targets.items():
         if target is None or str(target) == "-":
             continue
-        if target.exists() and os.path.samestat(os.fstat(source.fileno()), target.stat()):
+        if source.is_file(target):
             raise UsageError(f"{target} is the input", hint="choose another file to write to")
         if not target.resolve().parent.is_dir():
             raise WriteError(f"no such folder: {target.parent}", hint=f"mkdir -p {target.parent}")

@@ -54,8 +54,8 @@ assert _PACK.size + _CHECK.size == RECORD.itemsize
 
 @dataclass(frozen=True)
 class ResultRecord:
-    """One result: `line` is the input line's number, `code` the error's ("" for an answer), `file` 1 for the error
-    file, `id` 16 bytes of hash (NO_KEY for a line without one)."""
+    """One result: `line` is the input line's number (0 when the input has it no more), `code` the error's ("" for an
+    answer), `file` 1 for the error file, `id` 16 bytes of hash (NO_KEY for a line without one)."""
 
     key: bytes
     id: bytes
@@ -76,10 +76,10 @@ class ResultRecord:
 
     @classmethod
     def unpack(cls, row: Any, line: int) -> ResultRecord:
-        """From a row of RECORD; `line` replaces the number on record unless it is 0."""
+        """From a row of RECORD, with the line's number as it is now."""
         return cls(
-            row["key"].tobytes(), row["id"].tobytes(), line or int(row["line"]), int(row["file"]), int(row["offset"]),
-            int(row["length"]), int(row["crc"]), row["code"].decode(), int(row["prompt_tokens"]),
+            row["key"].tobytes(), row["id"].tobytes(), line, int(row["file"]), int(row["offset"]), int(row["length"]),
+            int(row["crc"]), row["code"].decode(), int(row["prompt_tokens"]),
             int(row["completion_tokens"]), int(row["images"]),
         )  # fmt: skip
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from batch.jsonl import BadJson, RawLine, parse_json
 from batch.key_table import KEY_BYTES, KeyTable
-from l4tool.core.errors import UsageError
 from batch.local_files import local_path
 from batch.schema import LineError
+from l4tool.core.errors import UsageError
 
 _MAYBE_IMAGE = b'"image'  # "image", "images", "image_url"
 _ELSEWHERE = ("data:", "http:", "https:")

@@ -17,7 +17,7 @@ import numpy as np
 
 from batch.journal import CHUNK, Contents, Journal, Kind, ResultRecord, pack_other, read_journal
 from batch.output import OutputFile
-from l4tool.core.atomic import fsync_dir, part_path, write_errors
+from l4tool.core.atomic import fsync_dir, part_path, publish, write_errors
 
 BUFFER_BYTES = 4 * 2**20
 
@@ -36,6 +36,32 @@ def plan(contents: Contents, counts: bytes | bytearray, line_now: Sequence[int],
             return None
         return places[order]
     return None if kept.all() else places
+
+
+def is_moved(contents: Contents, line_now: Sequence[int]) -> bool:
+    """True when lines stand elsewhere in the input than the journal says."""
+    results = contents.records["kind"] == Kind.RESULT
+    lines = np.frombuffer(line_now, np.uint64)  # type: ignore[call-overload]
+    return bool((contents.records["line"][results] != lines).any())
+
+
+def renumber(
+    files: Sequence[OutputFile], journal: Journal, contents: Contents, line_now: Sequence[int], end: bytes
+) -> None:
+    """Write the journal anew with the lines' numbers as they are now; the files stay. Raises WriteError."""
+    layout = np.flatnonzero(contents.records["kind"] == Kind.RESULT)
+    log = _Part(part_path(journal.path))
+    try:
+        log.write(contents.head())
+        for record in _records(contents, layout, line_now):
+            log.write(record.pack())
+        sizes = [file.size for file in files] + [0]
+        log.write(pack_other(Kind.SYNCED, line=sizes[1], offset=sizes[0]) + end)
+        log.finish()
+    finally:
+        log.close()
+    with write_errors(journal.path):
+        publish(log.path, journal.path)
 
 
 def rewrite(

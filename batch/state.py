@@ -187,21 +187,28 @@ class RunState:
     @property
     def is_complete(self) -> bool:
         """True when nothing was written since an earlier run ended as it should."""
+        return self._end is not None and not self._is_started
+
+    @property
+    def _end(self) -> Any:
+        """The END record that an earlier run left last."""
         records = None if self._contents is None else self._contents.records
-        return records is not None and len(records) > 0 and records[-1]["kind"] == Kind.END and not self._is_started
+        return records[-1] if records is not None and len(records) and records[-1]["kind"] == Kind.END else None
 
     def meet(self, lines: Iterable[RawLine], keys: LineKeys) -> int:
         """Look at a whole input beforehand, so that a changed line can be told from a repeated id; counts lines."""
-        count = 0
         for raw in lines:
-            self._find(keys.key(raw), raw.number)
-            count += 1
-        return count
+            key = keys.key(raw)
+            if key is not None:
+                self._find(key, raw.number)
+        return keys.lines
 
     def wanted(self, lines: Iterable[RawLine], keys: LineKeys) -> Iterator[tuple[RawLine, bytes]]:
         """The lines that have no result yet, or one to be done again, each with its key."""
         for raw in lines:
             key = keys.key(raw)
+            if key is None:
+                continue
             record = self._find(key, raw.number)
             if record is None or (self.options.retry_errors and self._is_error[record]):
                 yield raw, key
@@ -344,7 +351,14 @@ class RunState:
     # -- the end
 
     def finish(self, num_lines: int, digest: bytes, in_order: bool) -> None:
-        """Every line has its result: put the files in order where that is asked for, drop what was replaced."""
+        """Every line has its result: put the files in order where that is asked for, drop what was replaced, and let
+        the journal say where in the input the lines stand now. Nothing is written where nothing changed."""
+        end_then = self._end if self.is_complete else None
+        is_known = end_then is not None and (end_then["line"], end_then["key"].tobytes()) == (num_lines, digest)
+        if is_known and self._contents is not None:
+            layout = rewrite.plan(self._contents, self._counts, self._line_now, in_order)
+            if layout is None:
+                return
         self.start()
         self.sync()
         if self.journal is None:
@@ -355,9 +369,11 @@ class RunState:
         end = pack_other(Kind.END, line=num_lines, key=digest)
         if layout is not None:
             rewrite.rewrite(self.files, self.journal, contents, layout, self._line_now, end)
-            return
-        self.journal.append(end)
-        self.journal.sync()
+        elif rewrite.is_moved(contents, self._line_now):
+            rewrite.renumber(self.files, self.journal, contents, self._line_now, end)
+        else:
+            self.journal.append(end)
+            self.journal.sync()
 
     def num_gone(self) -> int:
         """Results whose lines the input does not have any more (it was read to its end)."""

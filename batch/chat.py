@@ -131,7 +131,8 @@ class ChatFormat:
         text_chars = sum(len(text) for text in _texts(turns, tools))
         variables = {
             "messages": messages,
-            "tools": self._guarded(list(tools), breaker) if tools else None,  # templates test for None, as transformers passes it
+            # templates test for None, as transformers passes it
+            "tools": self._guarded(list(tools), breaker) if tools else None,
             "documents": None,
             "add_generation_prompt": True,
             **self.tokenizer.named_tokens,

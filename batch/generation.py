@@ -88,6 +88,11 @@ class SamplingDefaults:
             seed=self.line_seed(line_bytes) if given.seed is None else given.seed % 2**63,
             stop_token_ids=stop_ids if given.ignore_eos else stop_ids | self.end_token_ids,
             logprobs=line.logprobs,
+            presence_penalty=given.presence_penalty or 0.0,
+            frequency_penalty=given.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if given.repetition_penalty is None else given.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in (given.logit_bias or {}).items()),
+            min_tokens=given.min_tokens,
         )
 
     def line_seed(self, line_bytes: bytes) -> int:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 MAX_MESSAGES = 10_000
+MAX_TOOLS = 128
+MAX_BIASES = 1024
+MAX_CHOICES = 1000
 MAX_STOP = 16
 MAX_TOP_LOGPROBS = 20
 MAX_N = 128
@@ -17,7 +20,6 @@ ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 IGNORED_FIELDS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -30,31 +32,69 @@ IGNORED_FIELDS = frozenset(
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
+    "annotations": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
+    "refusal": (),
     "stream": (False,),
     "stream_options": (),
     "suffix": ("",),
-    "tool_calls": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
-UNSUPPORTED_IN_MESSAGES = ("audio", "function_call", "tool_calls")
+UNSUPPORTED_IN_MESSAGES = ("annotations", "audio", "function_call", "refusal")
+# What to write instead of an unsupported field; otherwise: leave it out.
+INSTEAD = {
+    "function_call": "not supported: use tool_choice, and tool_calls in messages",
+    "functions": "not supported: use tools",
+    "guided_choice": 'not supported: use "structured_outputs": {"choice": …}',
+    "guided_grammar": 'not supported: use "structured_outputs": {"grammar": …}',
+    "guided_json": 'not supported: use response_format, or "structured_outputs": {"json": …}',
+    "guided_regex": 'not supported: use "structured_outputs": {"regex": …}',
+    "stream": "results are lines of a file; leave it out",
+    "stream_options": "results are lines of a file; leave it out",
+}
 
 
 class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class JsonSchema(StrictModel):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's field: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)] | None = (
+        None
+    )
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+    json_object: Literal[True] | None = None
+
+
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
 class SamplingFields(StrictModel):
@@ -71,6 +111,13 @@ class SamplingFields(StrictModel):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     ignore_eos: bool = False
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[_TokenKey, _Bias], Field(max_length=MAX_BIASES)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class TextPart(StrictModel):
@@ -118,14 +165,48 @@ _Content = Annotated[
 ]
 
 
+class CalledFunction(StrictModel):
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str
+
+
+class CalledTool(StrictModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(StrictModel):
+    """`content` may be missing only beside `tool_calls`."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
-    content: _Content
+    content: _Content | None = None
     name: str | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
 
-class ChatBody(SamplingFields):
+class Function(StrictModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    type: Literal["function"]
+    function: Function
+
+
+class ToolFields(StrictModel):
+    """The fields of a chat that are about tools; a template is given `tools` as they stand in the line."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+
+
+class ChatBody(SamplingFields, ToolFields):
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
@@ -146,7 +227,7 @@ class CompletionBody(SamplingFields):
     parse_special: bool = False
 
 
-class ShortLine(SamplingFields):
+class ShortLine(SamplingFields, ToolFields):
     id: str | int | None = None
     model: str | None = None
     prompt: _Prompt | None = None
@@ -161,7 +242,7 @@ class ShortLine(SamplingFields):
 class Envelope(StrictModel):
     custom_id: str
     method: Literal["POST"]
-    url: Literal["/v1/chat/completions", "/v1/completions"]
+    url: str
     body: dict[str, Any]
 
 

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from batch.chat import ChatFormat
 from batch.generation import SamplingDefaults
+from batch.grammars import Grammars
 from batch.images import TileSpec, load_tiles, read_source
 from batch.jsonl import BadJson, RawLine, parse_json
-from batch.requests import ImageTiles, PreparedRequest
+from batch.requests import ImageTiles, PreparedRequest, SamplingParams
 from batch.schema import Line, LineError, is_openai, line_id, parse_line
+from batch.structured import wanted_form
 from batch.url_images import PARALLEL_FETCHES, UrlFetcher
 from l4tool.core.arch import Arch
 from l4tool.core.sizes import format_bytes
@@ -44,6 +46,7 @@ class LineInfo:
     endpoint: str = "chat"
     model: str | None = None
     key: bytes = b""
+    tool_names: frozenset[str] = frozenset()  # that the answer may call
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class LinePreparer:
     """Parses, renders, tokenizes and tiles one line. Thread-safe; never raises for what a line contains."""
 
     def __init__(
-        self, arch: Arch, chat: ChatFormat, tiles: TileSpec | None, defaults: SamplingDefaults, image_base: Path,
+        self, arch: Arch, chat: ChatFormat, tiles: TileSpec | None, defaults: SamplingDefaults, image_base: Path | None,
         max_images: int, fetcher: UrlFetcher | None = None,
     ) -> None:  # fmt: skip
         self.arch, self.chat, self.tiles, self.defaults = arch, chat, tiles, defaults
         self.image_base, self.max_images, self.fetcher = image_base, max_images, fetcher
+        self.grammars = Grammars(chat.tokenizer, arch.text.vocab_size)
 
     def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared:
         """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure)."""
@@ -84,6 +88,7 @@ class LinePreparer:
             line = parse_line(value)
             is_openai_form = line.form == "openai"
             info = replace(info, is_openai=is_openai_form, id=line.id, endpoint=line.endpoint, model=line.model)
+            info = replace(info, tool_names=frozenset(tool["function"]["name"] for tool in line.tools))
             return Prepared(info, self._request(raw, line, gate))
         except LineError as error:
             if info.id is None and info.is_openai:
@@ -92,10 +97,15 @@ class LinePreparer:
         except Exception as error:  # our own bug must cost this line, not the run
             return Prepared(info, error=LineError("internal_error", f"{type(error).__name__}: {error}"[:500]))
 
+    def close(self) -> None:
+        """End what helps: the process that compiles grammars."""
+        self.grammars.close()
+
     def _request(self, raw: RawLine, line: Line, gate: Gate | None) -> PreparedRequest:
+        form = wanted_form(line)
         images = self._images(line, gate)
         if line.turns:
-            prompt = self.chat.encode(line.turns, images)
+            prompt = self.chat.encode(line.turns, images, line.tools)
         elif isinstance(line.prompt, str):
             prompt = self.chat.encode_raw(line.prompt, line.parse_special)
         else:
@@ -106,13 +116,16 @@ class LinePreparer:
         if len(prompt) >= context:
             message = f"the prompt has {len(prompt):,} tokens; the context of {context:,} leaves no room for an answer"
             raise LineError("prompt_too_long", message)
+        sampling = self.defaults.params(line, raw.data, context - len(prompt))
+        self._check_biases(sampling)
         return PreparedRequest(
             key=raw.number,
             prompt=prompt,
-            sampling=self.defaults.params(line, raw.data, context - len(prompt)),
+            sampling=sampling,
             images=tuple(images),
             stop=self.defaults.stop if line.stop is None else line.stop,
             n=line.sampling.n,
+            grammar=None if form is None else self.grammars.grammar(form, sampling.stop_token_ids),
         )
 
     def _images(self, line: Line, gate: Gate | None) -> list[ImageTiles]:
@@ -143,6 +156,13 @@ class LinePreparer:
     def waits_for_the_web(self, raw: RawLine) -> bool:
         """Whether the line may hold a picture's URL; a wrong guess costs nothing but a place in the other queue."""
         return self.fetcher is not None and _MAYBE_URL.search(raw.data) is not None
+
+    def _check_biases(self, sampling: SamplingParams) -> None:
+        largest, size = max((token for token, _ in sampling.logit_bias), default=0), self.arch.text.vocab_size
+        if largest >= size:
+            raise LineError(
+                "invalid_request", f"logit_bias: token id {largest} is not below the vocabulary size {size}"
+            )
 
     def _check_tokens(self, prompt: list[int]) -> None:
         if not prompt:
@@ -224,6 +244,7 @@ class PreparingSource:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._preparer.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._web_pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()

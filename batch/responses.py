@@ -9,14 +9,31 @@ from typing import Any, Protocol
 
 from batch.prepare import LineInfo
 from batch.requests import Choice, GenerationResult, TokenLogprob
+from batch.tools import parse_tool_calls
 
 NO_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
+
+
+PYTHON_END = "<|python_end|>"  # Llama 4 may close a text with it before its calls
 
 
 class TokenNames(Protocol):
     """What this module needs of a tokenizer."""
 
+    control_tokens: dict[str, int]
+
     def token_bytes(self, index: int) -> bytes: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A choice's text, or the calls it makes (id, name, arguments as JSON text) and the text before them."""
+
+    text: str
+    finish_reason: str
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class ResponseWriter:
             "object": "chat.completion" if is_chat else "text_completion",
             "created": self.created_s,
             "model": info.model or self.model,
-            "choices": [self._chat_choice(c) if is_chat else self._completion_choice(c) for c in result.choices],
+            "choices": [self._chat_choice(info, c) if is_chat else self._completion_choice(c) for c in result.choices],
             "usage": usage,
             "system_fingerprint": self.fingerprint,
         }
@@ -62,30 +79,56 @@ class ResponseWriter:
             "error": {"code": code, "message": text},
         }
 
-    def _short(self, info: LineInfo, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def _short(self, info: LineInfo, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         line: dict[str, Any] = {"id": info.id}
         if info.id is None:
             line["line"] = info.number
-        first = self._short_choice(choices[0])
+        first = self._short_choice(info, choices[0])
         line |= first
         line["usage"] = usage
         if len(choices) > 1:
-            line["choices"] = [{"index": choice.index, **self._short_choice(choice)} for choice in choices]
+            line["choices"] = [{"index": choice.index, **self._short_choice(info, choice)} for choice in choices]
         return line
 
-    def _short_choice(self, choice: Choice) -> dict[str, Any]:
-        fields: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
+    def _answer(self, info: LineInfo, choice: Choice) -> Answer:
+        """What a choice says or calls."""
+        if info.tool_names:
+            before, rest = "", choice.text
+            python_end = self.tokens.control_tokens.get(PYTHON_END)
+            if python_end in choice.token_ids:
+                before = self.tokens.decode(choice.token_ids[: choice.token_ids.index(python_end)])
+                rest = choice.text.removeprefix(before)
+            for text, calls in ((before, rest), ("", choice.text)):
+                if found := parse_tool_calls(calls, info.tool_names):
+                    reason = "tool_calls" if choice.finish_reason == "stop" else choice.finish_reason
+                    return Answer(text, reason, tuple(self._call(info, choice, i, *c) for i, c in enumerate(found)))
+        return Answer(choice.text, choice.finish_reason)
+
+    def _call(self, info: LineInfo, choice: Choice, place: int, name: str, arguments: str) -> dict[str, Any]:
+        return {
+            "id": f"call_{info.digest}{choice.index:02x}{place:02x}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+
+    def _short_choice(self, info: LineInfo, choice: Choice) -> dict[str, Any]:
+        answer = self._answer(info, choice)
+        fields: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason}
+        if answer.calls:
+            fields["tool_calls"] = list(answer.calls)
         if choice.logprobs is not None:
             fields["logprobs"] = [self._token(item) for item in choice.logprobs]
         return fields
 
-    def _chat_choice(self, choice: Choice) -> dict[str, Any]:
-        logprobs = None
+    def _chat_choice(self, info: LineInfo, choice: Choice) -> dict[str, Any]:
+        answer, logprobs = self._answer(info, choice), None
         if choice.logprobs is not None:
             logprobs = {"content": [self._token(item) for item in choice.logprobs], "refusal": None}
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.text or None, "tool_calls": list(answer.calls)}
         return {
-            "index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason,
+            "index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason,
         }  # fmt: skip
 
     def _completion_choice(self, choice: Choice) -> dict[str, Any]:
@@ -118,13 +161,16 @@ class ResponseWriter:
         return self.tokens.token_bytes(index).decode("utf-8", "replace")
 
 
-def _usage(result: GenerationResult) -> dict[str, int]:
+def _usage(result: GenerationResult) -> dict[str, Any]:
     completion = sum(len(choice.token_ids) for choice in result.choices)
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": result.prompt_tokens + completion,
     }
+    if result.cached_tokens:
+        usage["prompt_tokens_details"] = {"cached_tokens": result.cached_tokens}
+    return usage
 
 
 def _finite(logprob: float) -> float:

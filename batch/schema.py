@@ -16,6 +16,7 @@ from batch.line_models import (
     BODIES,
     ENDPOINTS,
     IGNORED_FIELDS,
+    INSTEAD,
     MAX_STOP,
     UNSUPPORTED_FIELDS,
     UNSUPPORTED_IN_MESSAGES,
@@ -46,12 +47,23 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that an assistant made earlier in the conversation; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One message: text and pictures in order."""
+    """One message: text and pictures in order, then tool calls. `tool_call_id`: which call a tool's result answers."""
 
     role: str
     parts: tuple[str | ImageRef, ...]
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ class Line:
     """A valid request line. A chat has `turns`; a completion has `prompt` (text or token ids) and no turns.
 
     `logprobs`: None off, else how many alternatives per token. `parse_special`: completions only, special tokens
-    spelled in the prompt become those tokens.
+    spelled in the prompt become those tokens. `tools` are those the model is told of, as they stand in the line;
+    `tool_choice` is 'required' or a named function where a call must come, else None.
     """
 
     form: Literal["openai", "short"]
@@ -72,6 +85,9 @@ class Line:
     sampling: SamplingFields
     stop: tuple[str, ...] | None
     logprobs: int | None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
     @property
     def images(self) -> list[ImageRef]:
@@ -99,17 +115,22 @@ def parse_line(value: Any) -> Line:
         raise LineError("invalid_line", "a line must be a JSON object")
     if is_openai(value):
         envelope = _validate(Envelope, value, "")
-        endpoint = ENDPOINTS[envelope.url]
+        endpoint = ENDPOINTS.get(envelope.url)
+        if endpoint is None:
+            why = ": a model that writes text gives no embeddings" if envelope.url.endswith("/embeddings") else ""
+            message = f"url: '{_short(envelope.url)}' is not answered here{why}; {' and '.join(ENDPOINTS)} are"
+            raise LineError("unsupported_endpoint", message)
         return _openai_line(envelope.custom_id, endpoint, envelope.body)
     return _short_line(value)
 
 
 def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
     body = _validate(BODIES[endpoint], _known_fields(raw, "body."), "body.")
+    _check_together(body)
     if endpoint == "chat":
         return Line(
             "openai", "chat", custom_id, body.model, _turns(body.messages), None, False, body, _stop(body.stop),
-            _chat_logprobs(body),
+            _chat_logprobs(body), *_tools(body, raw),
         )  # fmt: skip
     return Line(
         "openai", "completion", custom_id, body.model, (), body.prompt, body.parse_special, body, _stop(body.stop),
@@ -119,6 +140,7 @@ def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
 
 def _short_line(raw: dict[str, Any]) -> Line:
     body = _validate(ShortLine, _known_fields(raw, ""), "")
+    _check_together(body)
     if (body.prompt is None) == (body.messages is None):
         raise LineError("invalid_request", "give either 'prompt' or 'messages'")
     raw_prompt = body.raw or isinstance(body.prompt, list)
@@ -130,7 +152,10 @@ def _short_line(raw: dict[str, Any]) -> Line:
         raise LineError("invalid_request", "'raw' goes with 'prompt'")
     if body.parse_special and not raw_prompt:
         raise LineError("invalid_request", "'parse_special' goes with 'raw': in a chat, user text stays text")
-    common = (body.parse_special, body, _stop(body.stop), _chat_logprobs(body))
+    tools = _tools(body, raw)
+    if raw_prompt and (tools[0] or tools[1]):
+        raise LineError("invalid_request", "'tools' needs a chat turn; it does not go with 'raw' or token ids")
+    common = (body.parse_special, body, _stop(body.stop), _chat_logprobs(body), *tools)
     if raw_prompt:
         return Line("short", "completion", body.id, body.model, (), body.prompt, *common)
     if body.messages is not None:
@@ -174,8 +199,7 @@ def _refuse_unless_neutral(path: str, key: str, value: Any) -> None:
     neutral = UNSUPPORTED_FIELDS[key]
     if any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral):
         return
-    reason = "results are lines of a file" if key.startswith("stream") else "not supported yet"
-    raise LineError("unsupported_field", f"{path}: {reason}; leave it out")
+    raise LineError("unsupported_field", f"{path}: {INSTEAD.get(key, 'not supported; leave it out')}")
 
 
 def _validate(model: type[StrictModel], value: dict[str, Any], where: str) -> Any:
@@ -203,12 +227,31 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "…"
 
 
+def _tools(body: Any, raw: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], Any, bool]:
+    """The tools to tell of (none where none may be called), the choice of them, and whether calls may be several."""
+    choice = body.tool_choice
+    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+        raise LineError("invalid_request", "tool_choice: none, auto, required or one function by its name")
+    names = [tool.function.name for tool in body.tools or ()]
+    for name in names:
+        if names.count(name) > 1:
+            raise LineError("invalid_request", f"two tools are named '{name}'")
+    tools = tuple(raw.get("tools") or ()) if choice != "none" else ()
+    return tools, choice if choice not in ("none", "auto") else None, body.parallel_tool_calls
+
+
 def _turns(messages: list[Message]) -> tuple[Turn, ...]:
     turns = []
-    for message in messages:
+    for place, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
-        if isinstance(message.content, str):
-            turns.append(Turn(role, (message.content,), message.name))
+        calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ())
+        if calls and role != "assistant":
+            raise LineError("invalid_request", f"messages.{place}.tool_calls: only the assistant calls tools")
+        if message.content is None and not calls:
+            raise LineError("invalid_request", f"the field 'messages.{place}.content' is missing")
+        if message.content is None or isinstance(message.content, str):
+            text = () if message.content is None else (message.content,)
+            turns.append(Turn(role, text, message.name, calls, message.tool_call_id))
             continue
         parts: list[str | ImageRef] = []
         for part in message.content:
@@ -218,6 +261,21 @@ def _turns(messages: list[Message]) -> tuple[Turn, ...]:
                 parts.append(ImageRef(part.image if isinstance(part, ImagePart) else part.image_url.url))
         turns.append(Turn(role, tuple(parts), message.name))
     return tuple(turns)
+
+
+def _check_together(fields: SamplingFields) -> None:
+    """What the fields' own models cannot see."""
+    limits = [n for n in (fields.max_tokens, fields.max_completion_tokens) if n is not None]
+    if limits and fields.min_tokens > min(limits):
+        raise LineError("invalid_request", "min_tokens is more than max_tokens")
+    response = fields.response_format
+    if response is not None and response.type == "json_schema" and response.json_schema is None:
+        raise LineError("invalid_request", "the field 'response_format.json_schema' is missing")
+    form = fields.structured_outputs
+    if form is not None and sum(value is not None for _, value in form) != 1:
+        raise LineError(
+            "invalid_request", "structured_outputs: exactly one of json, regex, choice, grammar, json_object"
+        )
 
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...] | None:

@@ -26,8 +26,9 @@ class Tokenizer:
     tokenizer_config.json, else special_tokens_map.json.
     """
 
-    def __init__(self, model: HFTokenizer, named_tokens: dict[str, str]) -> None:
+    def __init__(self, model: HFTokenizer, named_tokens: dict[str, str], folder: Path | None = None) -> None:
         self._model = model
+        self.folder = folder
         self.named_tokens = named_tokens
         added = model.get_added_tokens_decoder()
         plain = [token for token in added.values() if not token.special]
@@ -55,7 +56,7 @@ class Tokenizer:
         named: dict[str, str] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             named.update(_token_names(read_json_object(folder / name)))
-        return cls(model, named)
+        return cls(model, named, folder)
 
     @property
     def bos_token(self) -> str | None:
@@ -85,6 +86,10 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Ids → text; bytes that are not valid UTF-8 become U+FFFD."""
         return self._model.decode(ids, skip_special_tokens=skip_special)
+
+    def text_tokens(self, size: int) -> list[bytes]:
+        """The bytes of tokens 0 … size - 1; b"" for special tokens and where there is none."""
+        return [b"" if index in self.special_ids else self.token_bytes(index) for index in range(size)]
 
     def token_bytes(self, index: int) -> bytes:
         """The exact bytes of one token: a byte-level BPE piece, or a special token's spelling; b"" when unknown."""

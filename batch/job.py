@@ -29,7 +29,7 @@ from batch.summary import MaxErrors, Summary, engine_stats, license_duty, model_
 from batch.tokenizer import Tokenizer, read_json_object
 from batch.url_images import DEFAULT_MAX_BYTES, UrlFetcher, UrlLimits
 from batch.web_addresses import HostRule, UrlPolicy
-from converters.detect import open_checkpoint
+from converters.arch_io import read_arch
 from converters.origin import read_origin
 from l4tool.core.arch import Arch
 from l4tool.core.console import Progress, note
@@ -118,14 +118,10 @@ def _device(name: str) -> str:
 
 
 def load_front(options: BatchOptions) -> Front:
-    """Read what the front needs; opening the checkpoint checks every weight file's header. Raises CheckpointError."""
+    """Read what the front needs: config, tokenizer, template. The backend checks the weights. Raises CheckpointError."""
     if not options.model.is_dir():
         raise InputMissing(f"no such checkpoint folder: {options.model}", hint="--model takes a folder")
-    reader = open_checkpoint(options.model)
-    try:
-        arch = reader.arch
-    finally:
-        reader.close()
+    arch, _ = read_arch(options.model)
     tokenizer = Tokenizer.load(options.model)
     if tokenizer.vocab_size > arch.text.vocab_size:
         raise CheckpointError(

@@ -71,6 +71,7 @@ class BatchOptions:
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
+    prefix_cache: bool = True
     workers: int = 1
 
 
@@ -98,6 +99,7 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
         "max_batch_tokens": options.max_batch_tokens,
         "kv_memory_bytes": options.kv_memory_bytes,
         "max_seqs": options.max_seqs,
+        "prefix_cache": options.prefix_cache,
     }
     if options.workers > 1:
         from batch.backends.workers import embedded_workers

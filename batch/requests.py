@@ -5,7 +5,9 @@ Ground floor of `batch`: plain dataclasses, no text, no JSON, no torch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -72,6 +74,13 @@ class ImageTiles:
 
     pixels: np.ndarray
     grid: tuple[int, int]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the picture: pixels, tiles and grid. Hashed once, at about 1 ms per MB."""
+        hashed = blake2b(repr((self.pixels.shape, self.grid)).encode(), digest_size=16)
+        hashed.update(np.ascontiguousarray(self.pixels).data)
+        return hashed.digest()
 
 
 @dataclass(frozen=True)

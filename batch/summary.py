@@ -125,6 +125,7 @@ class Summary:
         rows += [
             ("tokens in", f"{self.prompt_tokens:,}"),
             ("tokens out", f"{self.completion_tokens:,}"),
+            ("prefix cache hits", f"{self.engine.get('prefix_cache_hit_rate', 0):.0%}"),
             ("loading the model", format_duration(self.load_seconds)),
             ("running", format_duration(self.seconds)),
             ("tokens in per second", f"{self.rate('prompt_tokens'):,.1f}"),
@@ -180,6 +181,8 @@ def engine_stats(backend: object) -> dict[str, Any]:
     if not isinstance(stats, dict):
         return {}
     kept = {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
+    if "cached_prompt_tokens" in kept:  # here, since several engines' figures may have been added up
+        kept["prefix_cache_hit_rate"] = kept["cached_prompt_tokens"] / max(kept["prompt_tokens"], 1)
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
 
 

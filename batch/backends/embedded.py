@@ -12,9 +12,10 @@ import torch
 from batch.backends.base import RequestSource
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
-from batch.engine.engine import Engine, EngineConfig, EngineStats
+from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
+from batch.engine.stats import EngineStats
 from batch.model.model import Model, load_model
 from batch.requests import Choice, GenerationResult, PreparedRequest
 from converters.detect import open_checkpoint
@@ -35,6 +36,7 @@ class EmbeddedOptions:
 
     device: str = "cpu"
     dtype: str | None = None
+    prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
@@ -143,7 +145,8 @@ class EmbeddedBackend:
             job.is_over = True
             del jobs[id(job)]
             choices = [job.choices[i] for i in range(job.request.n)]
-            yield GenerationResult(job.request.key, choices, len(job.request.prompt))
+            cached = job.sequences[0].num_cached_at_start
+            yield GenerationResult(job.request.key, choices, len(job.request.prompt), cached_tokens=cached)
 
     def _stop_at(self, job: _Job, index: int, sequence: Sequence) -> str | None:
         """The text before a stop string if the last token completed one (the sequence then ends), else None."""
@@ -193,4 +196,4 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size)
+    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from batch.engine.blocks import BlockManager
-from batch.engine.image_features import ImageMismatch, SequenceImages
+from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages
 from batch.engine.logit_rules import LogitRules, apply_rules
+from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
 from batch.engine.sampler import Draw, sample
 from batch.engine.scheduler import Scheduler
 from batch.engine.sequence import Piece, Sequence
+from batch.engine.stats import EngineStats
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams, TokenMask
 from l4tool.core.errors import DeviceError
@@ -27,34 +29,23 @@ from quant.memory import BlockNeed, pools
 
 MAX_PIXEL_BYTES = 1 << 30  # pictures of unfinished sequences past which no more requests are asked for
 FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
+MAX_FEATURE_BYTES = 256 << 20  # image features kept for pictures that come again
+STEPS_AHEAD = 4  # requests are pulled for so many steps, so that those with the same beginning can meet
 GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits of one engine: tokens per step, sequences at a time, bytes of KV cache, tokens per KV block."""
+    """Limits of one engine: tokens per step, sequences at a time, bytes of KV cache, tokens per KV block.
+
+    `prefix_cache` False: nothing that was computed for one sequence is used for another.
+    """
 
     max_batch_tokens: int
     max_seqs: int
     kv_bytes: int
     block_size: int
-
-
-@dataclass
-class EngineStats:
-    """What was done so far. Times in seconds; `peak_image_bytes` counts image features held between steps."""
-
-    steps: int = 0
-    computed_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    peak_full_blocks: int = 0
-    peak_chunked_blocks: int = 0
-    peak_image_bytes: int = 0
-    schedule_s: float = 0.0
-    build_s: float = 0.0
-    model_s: float = 0.0
-    sample_s: float = 0.0
+    prefix_cache: bool = True
 
 
 class Engine:
@@ -78,7 +69,8 @@ class Engine:
             )
         self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
         self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens)
-        self.runner = Runner(model, self.blocks)
+        self.features = FeatureCache(model.encode_images, MAX_FEATURE_BYTES if config.prefix_cache else 0)
+        self.runner = Runner(model, self.blocks, self.features)
         self.stats = EngineStats()
         self._good_steps = 0
         self._failures_in_a_row = 0
@@ -92,11 +84,11 @@ class Engine:
 
     @property
     def wants_more(self) -> bool:
-        """False when the next step is already full: whoever feeds the engine should then stop pulling requests."""
-        waiting = self.scheduler.waiting
+        """False when the next steps are already full: whoever feeds the engine should then stop pulling requests."""
+        scheduler = self.scheduler
         return (
-            len(self.scheduler.running) + len(waiting) < self.scheduler.max_seqs
-            and sum(s.num_left for s in waiting) < self.scheduler.max_batch_tokens
+            len(scheduler.running) + len(scheduler.waiting) < scheduler.max_seqs
+            and scheduler.num_new_tokens < STEPS_AHEAD * scheduler.max_batch_tokens
             and self._pixel_bytes < MAX_PIXEL_BYTES
         )
 
@@ -122,6 +114,8 @@ class Engine:
         if sequence.is_over:
             sequence.images = None
         else:
+            if self.config.prefix_cache:
+                sequence.keys = PrefixKeys(self.config.block_size, sequence.images)
             self.scheduler.add(sequence)
             self._pixel_bytes += sequence.images.pixel_bytes if sequence.images is not None else 0
         return sequence
@@ -132,8 +126,9 @@ class Engine:
         self._release(sequence)
 
     def close(self) -> None:
-        """Drop the KV cache."""
+        """Drop the KV cache and the image features."""
         self.runner.kv = None
+        self.features.clear()
 
     # -- one step
 
@@ -143,6 +138,8 @@ class Engine:
         plan = self.scheduler.schedule()
         self.stats.schedule_s += time.perf_counter() - began
         assert plan, "nothing to do"
+        for sequence in self.scheduler.admitted:
+            self.stats.count_start(sequence)
         return self._run(plan)
 
     def _run(self, plan: list[Piece]) -> list[Sequence]:
@@ -165,7 +162,7 @@ class Engine:
     def _advance(self, plan: list[Piece], drawing: list[Sequence], draws: list[Draw]) -> list[Sequence]:
         """The step was computed: book it, hand out the tokens, let go of what is over."""
         for piece in plan:
-            piece.sequence.num_computed = piece.end
+            self.scheduler.book(piece)
             if piece.sequence.images is not None:
                 piece.sequence.images.forget(piece.end)
         for sequence, draw in zip(drawing, draws, strict=True):
@@ -219,6 +216,7 @@ class Engine:
         tokens = sum(piece.length for piece in plan)
         if is_out_of_memory(error) and tokens > 1:
             self._good_steps = 0
+            self.features.clear()
             self._limit(tokens // 2)
             return []
         if len(plan) > 1:
@@ -274,22 +272,14 @@ class Engine:
         self._longest = longest
         self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)
         self.scheduler.blocks = self.blocks
-        self.runner = Runner(self.model, self.blocks)
+        self.runner = Runner(self.model, self.blocks, self.features)
         return True
 
     def _count(self, plan: list[Piece], times: list[float]) -> None:
         stats = self.stats
-        stats.steps += 1
-        stats.computed_tokens += sum(piece.length for piece in plan)
-        stats.output_tokens += sum(piece.wants_logits for piece in plan)
+        stats.count_step(plan, times)
+        stats.count_memory(self.blocks, self.features)
         stats.preemptions = self.scheduler.num_preemptions
-        stats.peak_full_blocks = max(stats.peak_full_blocks, self.blocks.full.num_used)
-        stats.peak_chunked_blocks = max(stats.peak_chunked_blocks, self.blocks.chunked.num_used)
-        held = sum(piece.sequence.images.num_bytes for piece in plan if piece.sequence.images is not None)
-        stats.peak_image_bytes = max(stats.peak_image_bytes, held)
-        stats.build_s += times[1] - times[0]
-        stats.model_s += times[2] - times[1]
-        stats.sample_s += times[3] - times[2]
         self._failures_in_a_row = 0
         self._good_steps += 1
         limit = self.scheduler.max_batch_tokens

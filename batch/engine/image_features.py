@@ -1,7 +1,9 @@
-"""The images of one sequence: which prompt tokens they stand for, and their features while these are needed."""
+"""Pictures on the way into the model: which prompt tokens they stand for, and their features while these are of use."""
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -43,8 +45,7 @@ class SequenceImages:
         first, last = np.searchsorted(self.positions, [start, end])
         if first == last:
             return np.empty(0, np.int64), []
-        begin = int(np.searchsorted(self.bounds, first, side="right")) - 1
-        stop = int(np.searchsorted(self.bounds, last, side="left"))
+        begin, stop = self._between(first, last)
         missing = [i for i in range(begin, stop) if i not in self._features and self.bounds[i] < self.bounds[i + 1]]
         if missing:
             self._features.update(zip(missing, encode([self.images[i] for i in missing]), strict=True))
@@ -61,12 +62,80 @@ class SequenceImages:
         for i in [i for i in self._features if self.bounds[i + 1] <= done]:
             del self._features[i]
 
+    def num_before(self, num_tokens: int) -> int:
+        """How many images have all their tokens among the first `num_tokens`."""
+        done = np.searchsorted(self.positions, num_tokens)
+        return int(np.searchsorted(self.bounds[1:], done, side="right"))
+
+    def identities(self, first: int, end: int, block_size: int) -> list[bytes]:
+        """Per block first … end - 1: what stands behind its image tokens, as each image's pixel hash and the row of
+        its features that the block begins with."""
+        cuts = np.searchsorted(self.positions, np.arange(first, end + 1) * block_size).tolist()
+        return [self._identity(begin, stop) for begin, stop in itertools.pairwise(cuts)]
+
+    def _identity(self, first: int, last: int) -> bytes:
+        if first == last:
+            return b""
+        parts = [
+            self.images[i].digest + max(first - int(self.bounds[i]), 0).to_bytes(8, "little")
+            for i in range(*self._between(first, last))
+        ]
+        return b"".join(parts)
+
+    def _between(self, first: int, last: int) -> tuple[int, int]:
+        """The images that fill rows first … last - 1 of all feature rows, as a range."""
+        begin = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        return begin, int(np.searchsorted(self.bounds, last, side="left"))
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the features held now."""
-        return sum(f.numel() * f.element_size() for f in self._features.values())
+        return sum(_bytes_of(features) for features in self._features.values())
 
     @property
     def pixel_bytes(self) -> int:
         """Bytes of the pictures themselves, kept until the sequence is over: a preempted one needs them again."""
         return sum(image.pixels.nbytes for image in self.images)
+
+
+class FeatureCache:
+    """Encodes images, each once while its features are among the `max_bytes` used last; 0 bytes: every time."""
+
+    def __init__(self, encode: Encode, max_bytes: int) -> None:
+        self._encode = encode
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.num_encoded = 0
+        self.num_saved = 0
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # by pixel hash, last used last
+
+    def encode(self, images: list[ImageTiles]) -> list[torch.Tensor]:
+        """Each image's features [·, H]."""
+        if not self.max_bytes:
+            self.num_encoded += len(images)
+            return self._encode(images)
+        missing = {image.digest: image for image in images if image.digest not in self._features}
+        new = dict(zip(missing, self._encode(list(missing.values())), strict=True)) if missing else {}
+        self.num_encoded += len(new)
+        self.num_saved += len(images) - len(new)
+        found = [new[i.digest] if i.digest in new else self._features[i.digest] for i in images]
+        for image, features in zip(images, found, strict=True):
+            self._keep(image.digest, features)
+        return found
+
+    def clear(self) -> None:
+        self._features.clear()
+        self.num_bytes = 0
+
+    def _keep(self, digest: bytes, features: torch.Tensor) -> None:
+        if digest not in self._features:
+            self.num_bytes += _bytes_of(features)
+        self._features[digest] = features
+        self._features.move_to_end(digest)
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._features.popitem(last=False)
+            self.num_bytes -= _bytes_of(dropped)
+
+
+def _bytes_of(features: torch.Tensor) -> int:
+    return features.numel() * features.element_size()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
+from batch.engine.image_features import FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
@@ -25,11 +26,12 @@ class ImageEncodingError(Exception):
 
 
 class Runner:
-    """Runs steps of one model on one KV cache."""
+    """Runs steps of one model on one KV cache. Pictures are encoded through `features`."""
 
-    def __init__(self, model: Model, blocks: BlockManager) -> None:
+    def __init__(self, model: Model, blocks: BlockManager, features: FeatureCache) -> None:
         self.model = model
         self.blocks = blocks
+        self.features = features
         self.kv: KVCache | None = model.allocate_kv(
             blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
         )
@@ -94,7 +96,7 @@ class Runner:
                 continue
             end = min(piece.end, piece.sequence.prompt_len)
             try:
-                found, pieces = images.slice(piece.start, end, self.model.encode_images)
+                found, pieces = images.slice(piece.start, end, self.features.encode)
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)

@@ -11,6 +11,7 @@ from batch.requests import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from batch.engine.image_features import SequenceImages
+    from batch.engine.prefix import PrefixKeys
 
 
 @dataclass(eq=False)
@@ -18,8 +19,9 @@ class Sequence:
     """`tokens` is prompt then output; the KV of tokens[:num_computed] is in the cache.
 
     `handle` is the owner's, never looked at by the engine. `finish_reason` ('stop' or 'length') or `error`
-    (code, message) is set when it is over. A preempted sequence keeps its tokens and starts again at
-    num_computed = 0, so prompt and output are prefilled anew.
+    (code, message) is set when it is over. A preempted sequence keeps its tokens and starts again, so that what the
+    cache has lost of prompt and output is prefilled anew.
+    `num_cached`: tokens whose KV the cache had when it was last asked, which is when the sequence started or since.
     """
 
     handle: object
@@ -30,7 +32,12 @@ class Sequence:
     stop_ids: frozenset[int]
     images: SequenceImages | None = None
     rules: LogitRules | None = None  # what the request asks of its logits
+    keys: PrefixKeys | None = None  # None: shares nothing
+    num_cached: int = 0
+    num_cached_at_start: int = 0  # before any preemption
     num_computed: int = 0
+    is_resumed: bool = False  # was preempted
+    passed_over: int = 0  # younger sequences that were admitted first
     held: SequenceBlocks = field(default_factory=SequenceBlocks)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -40,6 +47,11 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens known but not computed; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def block_keys(self) -> list[bytes]:
+        """Keys of its whole blocks, as far as its tokens are known."""
+        return [] if self.keys is None else self.keys.of(self.tokens)
 
     @property
     def num_generated(self) -> int:

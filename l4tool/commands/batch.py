@@ -47,6 +47,8 @@ class _Size(click.ParamType):
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Tokens computed in one step.")
 @click.option("--kv-memory", type=_Size(), metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option("--max-seqs", type=click.IntRange(1), help="Answers in work at the same time.")
+@click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
+              help="Compute the beginning that lines have in common, and their pictures, only once.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ OTHERS = [
 def group(weights: dict[str, Any], targets: list[str], activations: dict[str, Any] | None = None) -> dict[str, Any]:
     """One entry of `config_groups`."""
     stored_as = "pack-quantized" if weights["type"] == "int" else "float-quantized"
-    return {"targets": targets, "weights": weights, "input_activations": activations, "format": stored_as}
+    entry = {"targets": targets, "weights": weights, "input_activations": activations, "format": stored_as}
+    return copy_of(entry)  # tests edit what they get
 
 
 def quantization_config(kind: str, group_size: int = 128) -> dict[str, Any]:

@@ -31,11 +31,16 @@ from l4tool.core.sizes import format_bytes
 Image.init()
 FORMATS = tuple(f for f in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 64_000_000
+MAX_WEBP_PIXELS = 32_000_000  # its decoder holds three copies
+MAX_SIDE = 65_535  # resizing needs memory in proportion to the longer side
+MAX_JPEG_SCANS = 100  # each scan of a progressive JPEG goes over all pixels; cameras and encoders write about ten
+_BAND_PIXELS = 1_000_000
 _BIG_PIXELS = 8_000_000  # pictures above this are decoded one at a time, so that threads do not add up
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")
 _big_picture = threading.Lock()
+_small_pictures = threading.BoundedSemaphore(4)
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,10 @@ def load_tiles(data: bytes, spec: TileSpec) -> ImageTiles:
         raise LineError("invalid_image", "the image is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS or pixels == 0:
-                limit = f"{MAX_PIXELS // 10**6} megapixels"
-                raise LineError("image_too_large", f"{image.width}×{image.height} pixels; the limit is {limit}")
-            if pixels <= _BIG_PIXELS:
-                return make_tiles(to_rgb(image), spec)
-            with _big_picture:
+            _check_size(image.width, image.height, MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS)
+            if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+                raise LineError("invalid_image", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
+            with _big_picture if image.width * image.height > _BIG_PIXELS else _small_pictures:
                 return make_tiles(to_rgb(image), spec)
     except LineError:
         raise
@@ -133,28 +135,53 @@ def load_tiles(data: bytes, spec: TileSpec) -> ImageTiles:
         raise LineError("invalid_image", f"broken image: {type(error).__name__}: {str(error)[:200]}") from None
 
 
+def _check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    if max(width, height) > MAX_SIDE or not 0 < width * height <= max_pixels:
+        limit = f"{max_pixels // 10**6} megapixels, {MAX_SIDE:,} on a side"
+        raise LineError("image_too_large", f"{width}×{height} pixels; the limit is {limit}")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """First frame, upright by its EXIF orientation, 8-bit RGB, transparency over white."""
     image.load()
-    image = ImageOps.exif_transpose(image)
+    _check_size(image.width, image.height)  # a GIF's frame may be larger than its header says
+    ImageOps.exif_transpose(image, in_place=True)
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise LineError("invalid_image", "32-bit integer pixels have no known range; use 8 or 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return _in_bands(image, _eight_bits)
     if mode == "F":
         raise LineError("invalid_image", "floating-point pixels have no known range; use 8 or 16 bits")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        if mode in ("La", "PA"):
-            image = image.convert("LA" if mode == "La" else "RGBA")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
+        return _in_bands(image, _over_white)
     return image.convert("RGB")
+
+
+def _in_bands(image: Image.Image, to_rgb_band: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB picture, made a band of rows at a time, so that what lies between the two stays small."""
+    result = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        result.paste(to_rgb_band(image.crop(box)), box)
+    return result
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("La", "PA"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise LineError("invalid_image", "32-bit integer pixels have no known range; use 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def make_tiles(image: Image.Image, spec: TileSpec) -> ImageTiles:

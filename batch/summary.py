@@ -19,7 +19,7 @@ from l4tool import __version__
 from l4tool.core import licence
 from l4tool.core.atomic import write_file
 from l4tool.core.console import table
-from l4tool.core.errors import EXIT_ERROR_LINES, L4Error, UsageError
+from l4tool.core.errors import EXIT_ERROR_LINES, EXIT_OK, L4Error, UsageError
 from l4tool.core.sizes import format_duration
 
 _COUNTED = ("num_errors", "lines_done", "prompt_tokens", "completion_tokens")
@@ -97,6 +97,10 @@ class Summary:
     @property
     def num_errors(self) -> int:
         return sum(self.totals.errors.values())
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_ERROR_LINES if self.num_errors else EXIT_OK
 
     def new(self, name: str) -> int:
         """What this run added to a count."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from l4tool.core.errors import EXIT_ERROR_LINES, EXIT_OK
-
 _PATH = click.Path(path_type=Path)
 
 
@@ -33,8 +31,8 @@ class _Size(click.ParamType):
 
 
 @click.command("batch", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("input", type=_PATH, metavar="IN.jsonl")
-@click.argument("output", type=_PATH, metavar="OUT.jsonl")
+@click.argument("input", metavar="IN.jsonl")
+@click.argument("output", metavar="OUT.jsonl")
 @click.option("--model", required=True, help="Checkpoint folder, quantized or not; or a fetched repository's name.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy.")
@@ -54,6 +52,7 @@ class _Size(click.ParamType):
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Processes that compute: one CUDA device each, or the CPU cores split.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
+@click.option("--shard", metavar="I/N", help="Only part I of N of the lines; `l4tool merge` puts the outputs together.")
 @click.option("--max-images", type=click.IntRange(0), default=48, show_default=True, help="Images allowed in one line.")
 @click.option("--image-root", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
               help="Folder that pictures may lie in.  [default: IN.jsonl's]")  # fmt: skip
@@ -64,7 +63,7 @@ class _Size(click.ParamType):
               help="Largest picture fetched from the web.")  # fmt: skip
 @click.option("--order", type=click.Choice(["completion", "input"]), default="completion", show_default=True,
               help="Order of the finished output; while it runs, lines come as they finish.")  # fmt: skip
-@click.option("--errors", type=_PATH, metavar="FILE", help="Write error lines there instead.")
+@click.option("--errors", metavar="FILE", help="Write error lines there instead; with many inputs a folder.")
 @click.option("--max-errors", metavar="N|P%", help="Give up after more error lines than this.")
 @click.option("--retry-errors", is_flag=True, help="Run lines again that were answered with an error.")
 @click.option("--duplicates", type=click.Choice(["error", "run-each"]), default="error", show_default=True,
@@ -78,8 +77,13 @@ class _Size(click.ParamType):
 @click.option("--wait", is_flag=True, help="Wait while another run writes OUT.jsonl.")
 @click.option("--force", is_flag=True, help="Start over: what OUT.jsonl holds is lost.")
 @click.option("--summary", type=_PATH, metavar="FILE", help="Write the final figures as JSON.")
+@click.option("--spool", type=_PATH, metavar="DIR",
+              help="Where outputs for URLs are written until they are complete.  [default: in your cache]")  # fmt: skip
 def command(**options: Any) -> int:
     """Answer every line of IN.jsonl, text and images, and write one line each to OUT.jsonl.
+
+    IN.jsonl may be compressed (gzip, zstd), - for standard input, or a URL (s3://, gs://, hf://). A folder or a quoted
+    pattern such as 'inbox/*.jsonl' runs many inputs; OUT.jsonl is then a folder.
 
     Lines are in OpenAI's batch form or the short form {"prompt": "…"}. Values that a line gives win over these
     options, and these over the checkpoint's generation_config.json. Answers are written as they finish.
@@ -87,7 +91,10 @@ def command(**options: Any) -> int:
     Interrupted or killed, the same command carries on: OUT.jsonl.journal, beside the output, knows what is done.
     """
     from batch.generation import SamplingOptions
-    from batch.job import BatchOptions, run_batch
+    from batch.job import BatchOptions
+    from batch.line_keys import Shard
+    from batch.many import run_places
+    from batch.places import Places
     from batch.state import StateOptions
     from batch.summary import MaxErrors
     from l4tool.core.console import note
@@ -103,13 +110,16 @@ def command(**options: Any) -> int:
         run_each=options.pop("duplicates") == "run-each", sync_s=options.pop("sync_seconds"),
         **{name: options.pop(name) for name in ("force", "wait", "retry_errors", "sync_lines")},
     )  # fmt: skip
-    max_errors = options.pop("max_errors")
+    max_errors, shard = options.pop("max_errors"), options.pop("shard")
     renamed = {
         "kv_memory_bytes": options.pop("kv_memory"),
         "in_order": options.pop("order") == "input",
         "grace_s": options.pop("grace"),
         "max_errors": MaxErrors.parse(max_errors) if max_errors else None,
+        "shard": Shard.parse(shard) if shard else None,
     }
-    summary = run_batch(BatchOptions(sampling=sampling, state=state, **renamed, **options))
+    places = Places(*(options.pop(name) for name in ("input", "output", "errors", "spool")))
+    run = BatchOptions(Path(places.input), Path(places.output), sampling=sampling, state=state, **renamed, **options)
+    summary = run_places(places, run)
     note(summary.as_table())
-    return EXIT_ERROR_LINES if summary.num_errors else EXIT_OK
+    return summary.exit_code

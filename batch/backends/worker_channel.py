@@ -39,10 +39,10 @@ class Took:
 
 @dataclass(frozen=True)
 class Answered:
-    """A result, and the worker's figures up to here."""
+    """A result, and the worker's figures up to here (None: as before)."""
 
     result: GenerationResult
-    stats: dict[str, Any]
+    stats: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class Failed:
     """The worker ends because of this error."""
 
     error: L4Error
+
+
+class Unreadable(Exception):
+    """A message arrived whole but could not be made into an object; `tag` is what it was sent with."""
+
+    def __init__(self, tag: int, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.tag, self.cause = tag, cause
 
 
 class Channel:
@@ -61,22 +69,25 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def send(self, message: object) -> None:
+    def send(self, message: object, tag: int = 0) -> None:
         """Blocks while the pipe is full. What cannot be pickled raises before anything is sent."""
         buffers: list[pickle.PickleBuffer] = []
         body = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
-        self.connection.send_bytes(pickle.dumps((body, [view.nbytes for view in views])))
+        self.connection.send_bytes(pickle.dumps((tag, body, [view.nbytes for view in views])))
         for view in views:
             self.connection.send_bytes(view)
 
     def receive(self) -> Any:
-        """Blocks until a whole message is there."""
-        body, sizes = pickle.loads(self.connection.recv_bytes())
+        """Blocks until a whole message is there. Raises Unreadable."""
+        tag, body, sizes = pickle.loads(self.connection.recv_bytes())
         buffers = [bytearray(size) for size in sizes]
         for buffer in buffers:
             self.connection.recv_bytes_into(buffer)
-        return pickle.loads(body, buffers=buffers)
+        try:
+            return pickle.loads(body, buffers=buffers)
+        except Exception as error:
+            raise Unreadable(tag, error) from error
 
     def close(self) -> None:
         self.connection.close()

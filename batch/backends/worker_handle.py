@@ -96,7 +96,7 @@ class Worker:
         self.pixel_bytes += line.pixel_bytes
         assert self.channel is not None
         try:
-            self.channel.send(replace(line.request, key=ticket))
+            self.channel.send(replace(line.request, key=ticket), tag=ticket)
         except OSError:
             pass
         except BaseException:
@@ -107,10 +107,10 @@ class Worker:
     def took(self, ticket: int) -> None:
         self.running[ticket] = self.waiting.pop(ticket)
 
-    def answered(self, ticket: int, figures: dict[str, Any]) -> WorkerLine:
-        """It is done with a line; `figures` are its backend's stats."""
+    def answered(self, ticket: int, figures: dict[str, Any] | None) -> WorkerLine:
+        """It is done with a line; `figures` are its backend's stats where there are new ones."""
         line = self.running.pop(ticket)
-        self.figures, self.is_alone = figures, False
+        self.figures, self.is_alone = self.figures if figures is None else figures, False
         self.pixel_bytes -= line.pixel_bytes
         return line
 

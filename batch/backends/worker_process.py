@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from batch.backends.base import Backend
-from batch.backends.worker_channel import Answered, Channel, Failed, Ready, Took, WorkerJob
-from batch.requests import PreparedRequest
+from batch.backends.worker_channel import Answered, Channel, Failed, Ready, Took, Unreadable, WorkerJob
+from batch.requests import GenerationResult, PreparedRequest
 from l4tool.core.errors import EXIT_INTERNAL, L4Error
 
 EMBEDDED = f"{__name__}:embedded"
@@ -76,22 +76,33 @@ class _Inbox:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._requests: queue.SimpleQueue[PreparedRequest] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[PreparedRequest | Unreadable] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def take(self, wait: bool) -> PreparedRequest | None:
         """The next request; see RequestSource. The command is told first: if this one is the end of us, it knows."""
-        try:
-            request = self._requests.get(block=wait)
-        except queue.Empty:
-            return None
-        self._channel.send(Took(request.key))
-        return request
+        while True:
+            try:
+                request = self._requests.get(block=wait)
+            except queue.Empty:
+                return None
+            if isinstance(request, PreparedRequest):
+                self._channel.send(Took(request.key))
+                return request
+            self._refuse(request)
+
+    def _refuse(self, request: Unreadable) -> None:
+        self._channel.send(Took(request.tag))
+        code, text = getattr(request.cause, "code", "internal_error"), f"a worker cannot read the line: {request}"
+        self._channel.send(Answered(GenerationResult(request.tag, [], 0, code, text), None))
 
     def _read(self) -> None:
         try:
             while True:
-                self._requests.put(self._channel.receive())
+                try:
+                    self._requests.put(self._channel.receive())
+                except Unreadable as error:
+                    self._requests.put(error)
         except (EOFError, OSError):
             os._exit(0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import struct
 import sys
 import time
@@ -18,6 +19,7 @@ MAX_GROWTH_BYTES = 3 * 2**30  # of address space while compiling
 MAX_FIRST_MASK_S = 1.0
 MAX_WHITESPACE = 24  # characters in a row between two parts of JSON: an answer cannot be nothing but line breaks
 
+_CONTROLS = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 _LENGTH = struct.Struct("<I")
 
 
@@ -46,9 +48,13 @@ def split_vocabulary(lengths: bytes, joined: bytes) -> list[bytes]:
     return tokens
 
 
-def tokenizer_info(vocabulary: list[bytes]) -> Any:
-    """xgrammar's view of a vocabulary; tokens without bytes are special ones, which no grammar allows."""
+def tokenizer_info(vocabulary: list[bytes], is_json: bool) -> Any:
+    """xgrammar's view of a vocabulary; tokens without bytes are special ones, which no grammar allows. In JSON those
+    with control characters are no better: xgrammar would let them into strings of limited length."""
     import xgrammar
+
+    if is_json:
+        vocabulary = [b"" if _CONTROLS.search(token) else token for token in vocabulary]
 
     return xgrammar.TokenizerInfo(
         vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=[]
@@ -101,13 +107,17 @@ def main() -> None:
     lengths, joined = read_frame(source), read_frame(source)
     if lengths is None or joined is None:
         return
-    info = tokenizer_info(split_vocabulary(lengths, joined))
-    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    vocabulary = split_vocabulary(lengths, joined)
+    compilers = {
+        is_json: xgrammar.GrammarCompiler(tokenizer_info(vocabulary, is_json), max_threads=1, cache_enabled=False)
+        for is_json in (False, True)
+    }
     with contextlib.suppress(ImportError, OSError, ValueError):  # not Linux: the time limit remains
         _limit_memory()
     while (frame := read_frame(source)) is not None:
         try:
-            answer = b"+" + _answer(compiler, json.loads(frame))
+            request = json.loads(frame)
+            answer = b"+" + _answer(compilers[request["is_json"]], request)
         except Exception as error:
             answer = b"-" + (str(error) or type(error).__name__).encode("utf-8", "replace")
         write_frame(target, answer)

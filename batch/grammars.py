@@ -46,12 +46,13 @@ class Grammars:
         self._compiler = _Compiler(tokenizer, vocab_size)
         self._lock = threading.Lock()
         self._known: OrderedDict[Form, Future[_Compiled]] = OrderedDict()
-        self._info: Any = None
+        self._infos: dict[bool, Any] = {}  # xgrammar's view of the vocabulary, for JSON and for other text
 
     def grammar(self, form: Form, stop_ids: frozenset[int]) -> XGrammar:
         """The grammar of a form; `stop_ids` may come when it is complete, and only then. Raises LineError."""
         if importlib.util.find_spec("xgrammar") is None:
             raise LineError("unsupported_field", f"{form.field} needs the package xgrammar: pip install 'l4tool[json]'")
+        stop_ids = frozenset(token for token in stop_ids if token < self.vocab_size)
         if not stop_ids:
             raise LineError("invalid_request", f"{form.field} needs a token that ends the answer; drop ignore_eos")
         with self._lock:
@@ -77,9 +78,10 @@ class Grammars:
             import xgrammar
 
             with self._lock:
-                if self._info is None:
-                    self._info = tokenizer_info(self.tokenizer.text_tokens(self.vocab_size))
-            compiled = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._info)
+                if form.is_json not in self._infos:
+                    tokens = self.tokenizer.text_tokens(self.vocab_size)
+                    self._infos[form.is_json] = tokenizer_info(tokens, form.is_json)
+            compiled = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._infos[form.is_json])
             future.set_result(_Compiled(compiled, compiled.memory_size_bytes))
         except BaseException as error:  # whoever waits for it must not wait for ever
             future.set_exception(error)
@@ -171,7 +173,7 @@ class _Compiler:
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
-            request = {"kind": form.kind, "source": form.source, "strict": form.strict}
+            request = {"kind": form.kind, "source": form.source, "strict": form.strict, "is_json": form.is_json}
             answer = self._ask(json.dumps(request).encode(), COMPILE_TIMEOUT_S)
         if answer[:1] == b"+":
             return answer[1:]
@@ -200,7 +202,7 @@ class _Compiler:
         lengths = b"".join(struct.pack("<I", len(token)) for token in vocabulary)
         write_frame(self._child.stdin, lengths)
         write_frame(self._child.stdin, b"".join(vocabulary))
-        first = json.dumps({"kind": "regex", "source": "a", "strict": True}).encode()
+        first = json.dumps({"kind": "regex", "source": "a", "strict": True, "is_json": False}).encode()
         answer = self._ask(first, START_TIMEOUT_S)  # so that the first form's time limit is its own
         if answer[:1] != b"+":
             self._end()

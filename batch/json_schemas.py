@@ -35,6 +35,7 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,), "null": (type(None),),
 }  # fmt: skip
 _PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+_ESCAPED_IN_JSON = re.compile(r'["\x00-\x1f]|\\[\\nrtfv0]|\\x[01]|\\u00[01]|\\[xu](?:00)?(?:22|5[cC])')
 _NEUTRAL = {"uniqueItems": False, "unevaluatedProperties": True, "unevaluatedItems": True, "minProperties": 0,
             "minContains": 0}  # fmt: skip
 
@@ -161,11 +162,13 @@ class _Check:
         return {}
 
 
-def check_pattern(pattern: Any, path: str = "") -> None:
-    """The grammar overlooks ^ and $ inside a pattern. Raises LineError."""
+def check_pattern(pattern: Any, path: str = "", in_json: bool = True) -> None:
+    """The grammar overlooks ^ and $ inside a pattern, and writes what JSON has to escape as it is. LineError."""
     parts = _PATTERN_PART.findall(pattern) if isinstance(pattern, str) else []
     if not parts or "^" in parts[1:] or "$" in parts[:-1]:
         raise _cannot(path, "a 'pattern' that is empty or has ^ or $ in its middle")
+    if in_json and any(_ESCAPED_IN_JSON.search(part) for part in parts if not part.startswith("[^")):
+        raise _cannot(path, "a 'pattern' with quotes, backslashes or control characters")
 
 
 def _disjoint(a: dict[str, Any], b: dict[str, Any]) -> bool:

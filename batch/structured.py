@@ -21,12 +21,14 @@ class Form:
     """What to compile: a JSON Schema, a regex, a grammar in EBNF or an xgrammar structural tag (JSON).
 
     `field` is the request's field, for messages. `strict`: no properties beside those that the schema names.
+    `is_json`: the answer is JSON, in which control characters have no place.
     """
 
     kind: Literal["schema", "regex", "grammar", "tag"]
     source: str
     field: str
     strict: bool = True
+    is_json: bool = False
 
 
 def wanted_form(line: Line) -> Form | None:
@@ -52,7 +54,7 @@ def _form(line: Line) -> Form | None:
     if not asked:
         return None
     if forced is not None:
-        return Form("tag", _dump(tool_call_tag(forced, line.parallel_tool_calls)), "tool_choice")
+        return Form("tag", _dump(tool_call_tag(forced, line.parallel_tool_calls)), "tool_choice", is_json=True)
     return _response_format(fields.response_format) if asked == ["response_format"] else _structured(fields)
 
 
@@ -63,7 +65,7 @@ def _response_format(given: Any) -> Form:
     field = "response_format.json_schema.schema"
     if wanted.schema_ is None:
         return _any_object(field)
-    return Form("schema", _dump(enforceable(wanted.schema_)), field, wanted.strict is not False)
+    return Form("schema", _dump(enforceable(wanted.schema_)), field, wanted.strict is not False, True)
 
 
 def _structured(fields: Any) -> Form:
@@ -76,14 +78,14 @@ def _structured(fields: Any) -> Form:
         shape = {"type": "or", "elements": options} if len(options) > 1 else options[0]
         return Form("tag", _dump({"type": "structural_tag", "format": shape}), field)
     if kind == "json_":
-        return Form("schema", _dump(enforceable(_parsed(value))), "structured_outputs.json")
+        return Form("schema", _dump(enforceable(_parsed(value))), "structured_outputs.json", is_json=True)
     if kind == "regex":
-        check_pattern(value)
+        check_pattern(value, in_json=False)
     return Form(kind, value, field)
 
 
 def _any_object(field: str) -> Form:
-    return Form("schema", '{"type":"object"}', field, strict=False)
+    return Form("schema", '{"type":"object"}', field, strict=False, is_json=True)
 
 
 def _parsed(value: Any) -> Any:

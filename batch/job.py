@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def _device(name: str) -> str:
 
 
 def load_front(options: BatchOptions) -> Front:
-    """Read what the front needs: config, tokenizer, template. The backend checks the weights. Raises CheckpointError."""
+    """Read config, tokenizer and template; the weights are checked by the backend. Raises CheckpointError."""
     if not options.model.is_dir():
         raise InputMissing(f"no such checkpoint folder: {options.model}", hint="--model takes a folder")
     arch, _ = read_arch(options.model)
@@ -280,7 +280,7 @@ class _Run:
         self.progress = Progress("batch", total_lines, unit="lines", initial=state.totals.lines)
 
     def run(self, backend: Backend, lines: Iterator[tuple[RawLine, bytes]]) -> None:
-        keyed = (replace(raw, key=key) for raw, key in lines)
+        keyed = (RawLine(raw.number, raw.data, raw.too_long, key) for raw, key in lines)
         source = PreparingSource(
             keyed, self.preparer, self._on_request, self._on_error, self._claim, lambda: self.stop.is_requested
         )
@@ -331,7 +331,10 @@ class _Run:
         self._advance()
 
     def _advance(self) -> None:
-        self.progress.advance(1, self.summary.speed_text(time.monotonic() - self.started_s))
+        self.progress.advance(1, self._speed)
+
+    def _speed(self) -> str:
+        return self.summary.speed_text(time.monotonic() - self.started_s)
 
 
 def _model_name(folder: Path) -> str:

@@ -151,12 +151,15 @@ def _refuse_lone_surrogates(value: Any) -> None:
             stack.extend(item)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dump_line(value: dict[str, Any]) -> bytes:
     """One output line: compact UTF-8 JSON with its newline; text stays readable, NaN is our own bug.
 
     The line separators that are not "\\n" are escaped, so that no reader splits a line at them.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _ENCODER.encode(value)
     for separator, escape in _SEPARATORS:
         if separator in text:
             text = text.replace(separator, escape)

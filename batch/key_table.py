@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 
 import numpy as np
 
 KEY_BYTES = 16
 _FIRST_SLOTS = 1 << 12
+_WORDS = struct.Struct("<QQ")
 
 
 class KeyTable:
@@ -22,12 +24,14 @@ class KeyTable:
 
     def find(self, key: bytes) -> int | None:
         """The key's number, None if it was never added."""
-        number = self._slots[self._slot(int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"))]
+        if not self._words:
+            return None
+        number = self._slots[self._slot(*_WORDS.unpack(key))]
         return number - 1 if number else None
 
     def add(self, key: bytes) -> tuple[int, bool]:
         """(the key's number, whether it is new)."""
-        low, high = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+        low, high = _WORDS.unpack(key)
         slot = self._slot(low, high)
         number = self._slots[slot]
         if number:

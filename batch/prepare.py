@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import re
 import threading
 import time
@@ -28,6 +30,7 @@ from l4tool.core.arch import Arch
 from l4tool.core.sizes import format_bytes
 
 MAX_AHEAD = 64  # lines read but not yet pulled by the backend
+GROUP_LINES, SMALL_BYTES = 16, 4096  # small lines without pictures are prepared so many at a time
 IMAGE_BUDGET_BYTES = 512 * 2**20
 LINE_FETCH_S = 60.0  # for all pictures that one line has on the web
 _MAYBE_URL = re.compile(rb'"https?:', re.IGNORECASE)
@@ -83,12 +86,15 @@ class LinePreparer:
                 value = parse_json(raw.data)
             except BadJson as error:
                 raise LineError("invalid_json", str(error)) from None
-            if isinstance(value, dict):
-                info = replace(info, is_openai=is_openai(value), id=line_id(value))
-            line = parse_line(value)
+            try:
+                line = parse_line(value)
+            except LineError:
+                if isinstance(value, dict):
+                    info = replace(info, is_openai=is_openai(value), id=line_id(value))
+                raise
+            tools = frozenset(tool["function"]["name"] for tool in line.tools)
             is_openai_form = line.form == "openai"
-            info = replace(info, is_openai=is_openai_form, id=line.id, endpoint=line.endpoint, model=line.model)
-            info = replace(info, tool_names=frozenset(tool["function"]["name"] for tool in line.tools))
+            info = LineInfo(raw.number, is_openai_form, line.id, digest, line.endpoint, line.model, raw.key, tools)
             return Prepared(info, self._request(raw, line, gate))
         except LineError as error:
             if info.id is None and info.is_openai:
@@ -174,6 +180,11 @@ class LinePreparer:
             raise LineError("invalid_request", "a completion's prompt cannot hold image tokens; use a chat")
 
 
+def _is_quick(raw: RawLine) -> bool:
+    """Whether a line is small and names no picture."""
+    return len(raw.data) < SMALL_BYTES and b'"image' not in raw.data
+
+
 def _custom_id(data: bytes) -> str | None:
     """Best effort for a line that is not JSON: what custom_id it probably has."""
     match = _CUSTOM_ID.search(data[:65536])
@@ -211,9 +222,10 @@ class PreparingSource:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
         # Lines that wait for the web have threads of their own: those on this machine are prepared meanwhile.
         self._web_pool = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="prepare-web")
-        self._queue: deque[Future[Prepared]] = deque()
+        self._queue: deque[Future[list[Prepared]]] = deque()
+        self._ready: deque[Prepared] = deque()  # of the group that is being handed out
         self._submitted = 0
-        self._is_exhausted = False
+        self._next: RawLine | None = None  # read, and not yet submitted
         self._changed = threading.Condition()
         self._head = 0  # place of the line that take() hands out next
         self._held: dict[int, int] = {}  # place → bytes of tiles that wait
@@ -222,10 +234,12 @@ class PreparingSource:
     def take(self, wait: bool) -> PreparedRequest | None:
         """The next request; see RequestSource."""
         while not self._is_stopping():
-            self._fill()
-            if not self._queue or (not wait and not self._queue[0].done()):
-                return None
-            prepared = self._queue.popleft().result()
+            if not self._ready:
+                self._fill()
+                if not self._queue or (not wait and not self._queue[0].done()):
+                    return None
+                self._ready.extend(self._queue.popleft().result())
+            prepared = self._ready.popleft()
             with self._changed:
                 self._held.pop(self._head, None)
                 self._head += 1
@@ -250,17 +264,30 @@ class PreparingSource:
         self._queue.clear()
 
     def _fill(self) -> None:
-        while len(self._queue) < MAX_AHEAD and not self._is_exhausted:
-            raw = next(self._lines, None)
-            if raw is None:
-                self._is_exhausted = True
-                return
-            pool = self._web_pool if self._preparer.waits_for_the_web(raw) else self._pool
-            self._queue.append(pool.submit(self._prepare, self._submitted, raw))
-            self._submitted += 1
+        while self._submitted - self._head < MAX_AHEAD and (group := self._group()):
+            pool = self._web_pool if self._preparer.waits_for_the_web(group[0]) else self._pool
+            self._queue.append(pool.submit(self._prepare, self._submitted, group))
+            self._submitted += len(group)
 
-    def _prepare(self, place: int, raw: RawLine) -> Prepared:
-        return self._preparer.prepare(raw, lambda num_bytes: self._gate(place, num_bytes))
+    def _group(self) -> list[RawLine]:
+        """The next line, or several quick ones; none at the end."""
+        first = self._next or next(self._lines, None)
+        self._next = None
+        if first is None:
+            return []
+        group = [first]
+        if not _is_quick(first):
+            return group
+        for raw in itertools.islice(self._lines, GROUP_LINES - 1):
+            if not _is_quick(raw):
+                self._next = raw
+                break
+            group.append(raw)
+        return group
+
+    def _prepare(self, place: int, group: list[RawLine]) -> list[Prepared]:
+        gate = functools.partial(self._gate, place)  # a group is the next one as a whole, or it would wait for itself
+        return [self._preparer.prepare(raw, gate) for raw in group]
 
     def _gate(self, place: int, num_bytes: int) -> None:
         """Account for a picture's tiles (num_bytes > 0), or wait until there is room for one more (0)."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from l4tool.core.sizes import format_bytes, format_duration
 
 LOG_INTERVAL_S = 30.0
+BAR_INTERVAL_S = 0.2
 
 
 def note(text: str) -> None:
@@ -47,7 +48,7 @@ class Progress:
     ) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, initial
         self.initial = initial
-        self.suffix = ""
+        self._suffix: str | Callable[[], str] = ""
         self.started_s = self.logged_s = time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
@@ -60,18 +61,28 @@ class Progress:
                 position=line, leave=not line,
             )  # fmt: skip
 
-    def advance(self, amount: int, suffix: str | None = None) -> None:
-        """Add `amount` units; thread-safe enough for one writer."""
+    def advance(self, amount: int, suffix: str | Callable[[], str] | None = None) -> None:
+        """Add `amount` units; thread-safe enough for one writer. A `suffix` that takes time to make is a function."""
         self.done += amount
+        now_s = time.monotonic()
+        if self.bar is None and now_s - self.logged_s < LOG_INTERVAL_S:
+            self._suffix = suffix if suffix is not None else self._suffix
+            return
         if suffix is not None:
-            self.suffix = suffix
+            self._suffix = suffix
         if self.bar is not None:
-            if suffix is not None:
-                self.bar.set_postfix_str(suffix, refresh=False)
+            if suffix is not None and now_s - self.logged_s >= BAR_INTERVAL_S:
+                self.logged_s = now_s
+                self.bar.set_postfix_str(self.suffix, refresh=False)
             self.bar.update(amount)
-        elif time.monotonic() - self.logged_s >= LOG_INTERVAL_S:
-            self.logged_s = time.monotonic()
+        else:
+            self.logged_s = now_s
             note(self._line())
+
+    @property
+    def suffix(self) -> str:
+        """What is shown behind the rate."""
+        return self._suffix if isinstance(self._suffix, str) else self._suffix()
 
     def _line(self) -> str:
         elapsed_s = max(time.monotonic() - self.started_s, 1e-9)

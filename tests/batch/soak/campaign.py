@@ -248,12 +248,11 @@ def answers_in(path: Path) -> Counter:
     for raw in path.read_bytes().splitlines():
         try:
             line = json.loads(raw)
-        except ValueError:
+            if not line.get("error"):
+                text = line.get("text") or line["response"]["body"]["choices"][0]["message"]["content"]
+                found[text.split()[-1]] += 1
+        except (ValueError, LookupError, TypeError, AttributeError):  # what a power cut left there
             continue
-        if not isinstance(line, dict) or line.get("error"):
-            continue
-        text = line.get("text") or ((line.get("response") or {})["body"]["choices"][0]["message"]["content"])
-        found[text.split()[-1]] += 1
     return found
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 from urllib.parse import urljoin
 
@@ -61,9 +62,13 @@ class UrlFetcher:
         tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         self._policy, self.limits, self._resolve = policy, limits or UrlLimits(), resolve
-        self._tls = tls or ssl.create_default_context()
+        self._given_tls = tls
         self._slots = threading.BoundedSemaphore(PARALLEL_FETCHES)
         self._resolvers = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="resolve")
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return self._given_tls or ssl.create_default_context()  # reading the certificates takes a while
 
     def fetch(self, url: str, deadline_s: float = float("inf")) -> bytes:
         """A picture's bytes, not looked at yet, by `deadline_s` (monotonic clock). Raises LineError."""
@@ -94,7 +99,7 @@ class UrlFetcher:
         addresses = self._addresses(target, deadline_s)
         self._policy.check_addresses(target, addresses)
         try:
-            with contextlib.closing(self._connect(target, addresses[:MAX_ADDRESSES], deadline_s)) as stream:
+            with self._connect(target, addresses[:MAX_ADDRESSES], deadline_s) as stream:
                 return self._exchange(target, stream)
         except TimeoutError:
             raise _failed(target, "it takes too long") from None
@@ -210,4 +215,10 @@ class _TimedSocket:
         return io.BufferedReader(_TimedReader(self._sock, self._step_s))
 
     def close(self) -> None:
+        """http.client closes early, when the body is still to be read: leaving the context closes."""
+
+    def __enter__(self) -> _TimedSocket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self._sock.close()

@@ -121,7 +121,9 @@ def _architecture(facts: dict[str, Any]) -> list[tuple[str, str]]:
     t, v = arch["text"], arch["vision"]
     moe = tuple(layer in t["moe_layers"] for layer in range(t["num_layers"]))
     scaling = t["rope_scaling"]
-    rope = f"theta {t['rope_theta']:g}, all layers but {layer_ranges(t['rope_layers'], False)}"
+    without = layer_ranges(t["rope_layers"], False)
+    some = False in t["rope_layers"]
+    rope = f"theta {t['rope_theta']:g}, all layers" + (f" but {without}" if some else "")
     if scaling:
         rope += f"; scaled by {scaling['factor']:g} (low {scaling['low_freq_factor']:g}, "
         rope += f"high {scaling['high_freq_factor']:g}, from {scaling['original_max_position_embeddings']:,})"
@@ -132,7 +134,7 @@ def _architecture(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("attention", f"{t['num_heads']} heads, {t['num_kv_heads']} KV heads, head size {t['head_dim']}"
                       + (", QK norm" if t["use_qk_norm"] else "")),
         ("context", f"{t['max_position_embeddings']:,} tokens; rope layers see their chunk of "
-                    f"{t['attention_chunk_size']:,}, layers {layer_ranges(t['rope_layers'], False)} everything"),
+                    f"{t['attention_chunk_size']:,}, {f'layers {without}' if some else 'none'} everything"),
         ("rope", rope),
         ("experts", f"{t['num_experts']}, {t['experts_per_token']} per token, intermediate {t['intermediate_size']}, "
                     f"layers {layer_ranges(moe, True)}"),

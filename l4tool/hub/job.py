@@ -129,8 +129,9 @@ class Job:
         missing = [file for file, state in states.items() if state == "missing"]
         needed, free = self._needed_bytes(missing), _free_bytes(self.target.folder)
         total = [("total", format_bytes(total_bytes(self.files)), f"{format_bytes(needed)} to fetch")]
-        lines = [table(rows + total, header=(self.snapshot.repo_id, "size", f"in {self.target.folder}"))]
-        lines.append(f"commit {self.snapshot.commit}, free on that disk: {format_bytes(free)}")
+        lines = [table(rows + total, header=(self.snapshot.repo_id, "size", "state"))]
+        lines.append(f"commit {self.snapshot.commit}")
+        lines.append(f"into {self.target.folder}, free on that disk: {format_bytes(free)}")
         if (short := needed + SPARE_BYTES - free) > 0 and missing:
             lines.append(f"that is not enough: {format_bytes(short)} are missing")
         return "\n".join(lines)

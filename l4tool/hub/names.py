@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from l4tool.core.errors import UsageError
 
@@ -62,10 +63,12 @@ class RepoSpec:
 def parse_repo(text: str, layout: str = "hf") -> RepoSpec:
     """'scout', 'scout-instruct@main', 'org/name', 'org/name@rev' → RepoSpec. Raises UsageError.
 
-    `layout="meta"` maps short names to the repositories in Meta's own layout.
+    `layout="meta"` maps short names to the repositories in Meta's own layout. HF_ENDPOINT is looked at here, before
+    huggingface_hub is imported, which fails with a traceback for some that are no addresses.
     """
+    check_endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     name, at, revision = text.partition("@")
-    if at and (not _REVISION.fullmatch(revision) or ".." in revision or revision.endswith("/")):
+    if at and not _is_revision(revision):
         raise UsageError(f"not a revision: {revision!r}", hint="write a branch, a tag or a commit behind the @")
     model = _SHORT.get(name.lower())
     if model is not None:
@@ -76,15 +79,27 @@ def parse_repo(text: str, layout: str = "hf") -> RepoSpec:
     return RepoSpec(name, revision or None)
 
 
+def check_endpoint(address: str) -> None:
+    """Raises UsageError for what cannot be the address of a hub."""
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(f"HF_ENDPOINT is not an address: {address!r}", hint="unset it, or write https://HOST[:PORT]")
+
+
 def is_repo(text: str) -> bool:
     """True for a short name or an org/name form, unless something of that name exists on disk: local paths win."""
     if os.path.exists(text):
         return False
-    try:
-        parse_repo(text)
-    except UsageError:
-        return False
-    return True
+    name, at, revision = text.partition("@")
+    return (name.lower() in _SHORT or _is_repo_id(name)) and (not at or _is_revision(revision))
+
+
+def _is_revision(text: str) -> bool:
+    return bool(_REVISION.fullmatch(text)) and ".." not in text and not text.endswith("/")
 
 
 def _is_repo_id(name: str) -> bool:

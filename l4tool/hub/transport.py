@@ -231,14 +231,22 @@ def _broken(error: Exception, what: str) -> Exception:
     if any(isinstance(link, ssl.SSLCertVerificationError) for link in chain):
         hint = "check the clock and the proxy; SSL_CERT_FILE names a file with your own certificate authority"
         return NetworkError(f"{what}: the hub's TLS certificate cannot be verified", hint=hint)
-    reason = str(error) or type(error).__name__
+    reason, host = str(error) or type(error).__name__, _host(error)
     if any(isinstance(link, socket.gaierror) for link in chain):
-        reason = "the hub's name cannot be resolved (DNS)"
+        reason = f"the name {host} cannot be resolved (DNS)"
     elif any(isinstance(link, ConnectionRefusedError) for link in chain):
-        reason = "connection refused"
+        reason = f"{host} refuses the connection"
     elif "Timeout" in type(error).__name__:
-        reason = "no answer in time"
+        reason = f"no answer from {host} in time"
     return Retry(NetworkError(f"{what}: {reason}", hint=AGAIN))
+
+
+def _host(error: Exception) -> str:
+    """Host and port that a failed request went to."""
+    try:
+        return urlsplit(str(error.request.url)).netloc  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # httpx: a request that was never set
+        return "the hub"
 
 
 def retrying(

@@ -96,7 +96,7 @@ def test_token_is_never_shown(run, server, source):
 
 def test_network_and_checksum(run, server, tmp_path):
     done = run(REPO, "--retries", "0", HF_ENDPOINT="http://127.0.0.1:1")
-    assert done.returncode == 68 and "refused" in done.err
+    assert done.returncode == 68 and "refuses the connection" in done.err
     assert run(REPO, HF_HUB_OFFLINE="1").returncode == 68
     server.faults.add(SHARD, "wrong-bytes", after_bytes=5, times=None)
     done = run(REPO, "-o", tmp_path / "out")

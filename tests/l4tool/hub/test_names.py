@@ -55,3 +55,12 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     (tmp_path / "org/name").mkdir(parents=True)
     (tmp_path / "scout").mkdir()
     assert not is_repo("org/name") and not is_repo("scout")
+
+
+@pytest.mark.parametrize(
+    "address", ["foo", "ftp://hub", "http://", "http://[::1", "http://hub:port", "http://hub:99999"]
+)
+def test_endpoints_that_are_no_addresses(monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UsageError, match="HF_ENDPOINT"):
+        parse_repo("scout")

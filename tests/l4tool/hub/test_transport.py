@@ -86,7 +86,7 @@ def test_token_that_breaks_headers_is_refused_unseen():
 def test_nobody_listens():
     with pytest.raises(NetworkError) as error:
         open_hub(type("Server", (), {"url": "http://127.0.0.1:1"}), policy=RetryPolicy(attempts=1))
-    assert "refused" in error.value.message
+    assert "127.0.0.1:" in error.value.message
 
 
 def test_retry_after_is_waited_for(server, tmp_path):

@@ -72,22 +72,46 @@ SCHEMAS = {
     "const": {"const": "only this"},
     "array": {"type": "array", "items": {"type": "integer", "minimum": -3, "exclusiveMaximum": 4}, "maxItems": 4},
     "nested arrays": {
-        "type": "array", "minItems": 1, "maxItems": 2,
-        "items": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "array", "items": SHORT, "maxItems": 2}},
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 2,
+        "items": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 2,
+            "items": {"type": "array", "items": SHORT, "maxItems": 2},
+        },
     },
     "tuple": {"type": "array", "prefixItems": [{"type": "null"}, {"enum": ["a"]}], "items": False, "minItems": 2},
-    "optional": {"type": "object", "properties": {"a": SHORT, "b": {"type": "null"}, "c": {"enum": [1, 2]}}, "required": ["b"]},
+    "optional": {
+        "type": "object",
+        "properties": {"a": SHORT, "b": {"type": "null"}, "c": {"enum": [1, 2]}},
+        "required": ["b"],
+    },
     "number": obj(x={"type": "number", "minimum": 2.5, "maximum": 3.5}, y={"type": "number", "exclusiveMinimum": 0}),
     "multiple": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100},
-    "lengths": obj(a={"type": "string", "minLength": 2, "maxLength": 3}, b={"type": ["string", "null"], "maxLength": 2}),
-    "pattern": obj(code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,3}$"}, any={"type": "string", "pattern": "x.{0,3}"}, no={"type": "string", "pattern": r'[^"\\a]{2}\s?'}),
-    "formats": obj(d={"type": "string", "format": "date"}, i={"type": "string", "format": "ipv4"}, u={"type": "string", "format": "uuid"}),
+    "lengths": obj(
+        a={"type": "string", "minLength": 2, "maxLength": 3}, b={"type": ["string", "null"], "maxLength": 2}
+    ),
+    "pattern": obj(
+        code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,3}$"},
+        any={"type": "string", "pattern": "x.{0,3}"},
+        no={"type": "string", "pattern": r'[^"\\a]{2}\s?'},
+    ),
+    "formats": obj(
+        d={"type": "string", "format": "date"},
+        i={"type": "string", "format": "ipv4"},
+        u={"type": "string", "format": "uuid"},
+    ),
     "format with a length": {"type": "string", "format": "uri", "minLength": 1, "maxLength": 4},
     "any of": {"anyOf": [{"type": "integer", "minimum": 7, "maximum": 9}, SHORT, {"type": "null"}]},
     "one of types": {"oneOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}, "maxItems": 2}]},
     "one of objects": {
         "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
-        "$defs": {"cat": obj(kind={"const": "cat"}, lives={"enum": [7, 9]}), "dog": obj(kind={"enum": ["dog", "hound"]})},
+        "$defs": {
+            "cat": obj(kind={"const": "cat"}, lives={"enum": [7, 9]}),
+            "dog": obj(kind={"enum": ["dog", "hound"]}),
+        },
         "discriminator": {"propertyName": "kind"},
     },
     "all of one": {"allOf": [{"$ref": "#/definitions/a"}], "definitions": {"a": obj(v=SHORT)}, "title": "T"},
@@ -95,17 +119,32 @@ SCHEMAS = {
         "$ref": "#/$defs/node",
         "$defs": {
             "node": {
-                "type": "object", "required": ["v"], "additionalProperties": False,
+                "type": "object",
+                "required": ["v"],
+                "additionalProperties": False,
                 "properties": {"v": {"enum": [1, 2]}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
             }
         },
     },
     "map": {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2},
-    "property and others": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "additionalProperties": {"type": "null"}, "maxProperties": 2},
+    "property and others": {
+        "type": "object",
+        "properties": {"a": {"enum": ["x"]}},
+        "additionalProperties": {"type": "null"},
+        "maxProperties": 2,
+    },
     "empty": {"type": "object", "properties": {}, "additionalProperties": False},
-    "annotations": {"type": "integer", "title": "t", "description": "d", "default": 3, "examples": [5], "maximum": 9, "minimum": 1},
+    "annotations": {
+        "type": "integer",
+        "title": "t",
+        "description": "d",
+        "default": 3,
+        "examples": [5],
+        "maximum": 9,
+        "minimum": 1,
+    },
     "defaults that say nothing": {"type": "array", "items": {"type": "null"}, "uniqueItems": False, "maxItems": 2},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

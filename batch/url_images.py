@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +65,8 @@ class UrlFetcher:
         self._given_tls = tls
         self._slots = threading.BoundedSemaphore(PARALLEL_FETCHES)
         self._resolvers = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="resolve")
+        self._open: set[_TimedSocket] = set()
+        self._is_closed = False
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -81,6 +83,13 @@ class UrlFetcher:
             return self._follow(target, min(deadline_s, time.monotonic() + self.limits.total_s))
         finally:
             self._slots.release()
+
+    def close(self) -> None:
+        """End what is being fetched, with errors; nothing is fetched any more."""
+        self._is_closed = True
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        for stream in list(self._open):
+            stream.interrupt()
 
     def _follow(self, target: Target, deadline_s: float) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
@@ -100,7 +109,11 @@ class UrlFetcher:
         self._policy.check_addresses(target, addresses)
         try:
             with self._connect(target, addresses[:MAX_ADDRESSES], deadline_s) as stream:
-                return self._exchange(target, stream)
+                self._open.add(stream)
+                try:
+                    return self._exchange(target, stream)
+                finally:
+                    self._open.discard(stream)
         except TimeoutError:
             raise _failed(target, "it takes too long") from None
         except ssl.SSLCertVerificationError as error:
@@ -111,10 +124,13 @@ class UrlFetcher:
     def _addresses(self, target: Target, deadline_s: float) -> list[Address]:
         if target.address is not None:
             return [target.address]
-        pending: Future[Sequence[str]] = self._resolvers.submit(self._resolve, target.host, target.port)
+        try:
+            pending: Future[Sequence[str]] = self._resolvers.submit(self._resolve, target.host, target.port)
+        except RuntimeError:
+            raise _failed(target, "the run is being stopped") from None
         try:
             found = pending.result(timeout=max(0.0, deadline_s - time.monotonic()))
-        except FutureTimeoutError:
+        except (FutureTimeoutError, CancelledError):
             pending.cancel()
             raise _failed(target, "its name is not found in time") from None
         except (OSError, UnicodeError) as error:
@@ -144,7 +160,7 @@ class UrlFetcher:
     def _step_s(self, deadline_s: float) -> float:
         """Seconds that the next read or write may take. Raises TimeoutError."""
         left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
+        if left_s <= 0 or self._is_closed:
             raise TimeoutError
         return min(left_s, self.limits.stall_s)
 
@@ -216,6 +232,11 @@ class _TimedSocket:
 
     def close(self) -> None:
         """http.client closes early, when the body is still to be read: leaving the context closes."""
+
+    def interrupt(self) -> None:
+        """From another thread: the peer seems to have gone."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def __enter__(self) -> _TimedSocket:
         return self

@@ -3,6 +3,7 @@
 import socket
 import ssl
 import subprocess
+import threading
 import time
 
 import pytest
@@ -94,7 +95,8 @@ def test_good_redirects_are_followed_and_endless_ones_are_not(server):
 @pytest.mark.parametrize(
     "head",
     [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n",
-     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"],
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n",
+     b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"],
 )  # fmt: skip
 def test_slow_answers_end_with_the_total_time(server, head):
     server.routes["/p.png"] = drip(head, b"1")
@@ -236,6 +238,15 @@ def test_the_next_address_is_tried_when_one_does_not_answer(server):
         patch.setattr("socket.create_connection", connect)
         assert fetcher_for(server, names).fetch(server.url()) == PNG
     assert tried == names.answers[0]
+
+
+def test_closing_ends_what_waits(server):
+    server.routes["/p.png"] = lambda client: time.sleep(8)
+    ours = fetcher_for(server)
+    threading.Timer(0.3, ours.close).start()
+    code, _, took_s = error_of(ours, server.url())
+    assert code == "url_failed" and took_s < 2
+    assert "stopped" in error_of(ours, server.url())[1]
 
 
 def test_off_by_default(tmp_path):

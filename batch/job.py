@@ -196,15 +196,15 @@ def _answer(
     stop: GracefulStop, make_backend: MakeBackend, deliveries: Sequence[Delivery],
 ) -> None:  # fmt: skip
     """Load the model and run, unless there is nothing to do."""
-    total = _look_ahead(options, source, state)
     keys = LineKeys(_image_base(options), options.shard)
+    total = _look_ahead(options, source, state, keys)
     wanted = state.wanted(lines, keys)
     first = next(wanted, None)
     if first is None:
         lines.raise_if_broken()
         note(_nothing_to_do(options, keys, deliveries))
     else:
-        if state.num_skipped or state.has_results:
+        if state.has_results:
             note(f"carrying on: {state.totals.lines:,} lines of {options.output} are done")
         started_s = time.monotonic()
         with contextlib.closing(make_backend(options, front)) as backend:
@@ -224,14 +224,14 @@ def _answer(
     summary.is_complete = True
 
 
-def _look_ahead(options: BatchOptions, source: Input, state: RunState) -> int | None:
+def _look_ahead(options: BatchOptions, source: Input, state: RunState, keys: LineKeys) -> int | None:
     """The number of lines to be answered; where there are results already, also which of them are still asked for."""
     if source.is_stream:
         return options.limit
     if state.has_results:
         with source.open() as file:
             lines = Lines(LineReader(file, options.max_line_bytes, options.limit), source.name)
-            return state.meet(lines, LineKeys(_image_base(options), options.shard))
+            return state.meet(lines, keys)
     total = source.count_lines(COUNT_AT_MOST_BYTES)
     if total is not None and options.limit is not None:
         total = min(total, options.limit)

@@ -25,9 +25,10 @@ from batch.key_table import KeyTable
 from batch.line_keys import LineKeys
 from batch.output import OutputFile
 from l4tool.core.atomic import fsync_dir, write_errors
-from l4tool.core.errors import WriteError
+from l4tool.core.errors import L4Error, WriteError
 
 FORCE_HINT = "give the same options as before, choose another output, or --force to start over"
+AGAIN_HINT = "run the same command again when nobody writes to it"
 THIS_RUN = -1
 
 
@@ -59,6 +60,29 @@ class Totals:
         return self.ok + sum(self.errors.values())
 
 
+@dataclass
+class _Met:
+    """What a first look at the lines found, line by line; `keys` (16 bytes each) and `checks` only of wanted ones."""
+
+    is_wanted: bytearray = field(default_factory=bytearray)
+    keys: bytearray = field(default_factory=bytearray)
+    checks: array[int] = field(default_factory=lambda: array("I"))
+
+    def wanted(self, lines: Iterator[RawLine]) -> Iterator[tuple[RawLine, bytes]]:
+        """The wanted ones among these same lines, each with its key. Raises InputChanged."""
+        number = 0
+        for is_wanted, raw in zip(self.is_wanted, lines, strict=False):
+            if is_wanted:
+                if zlib.crc32(raw.data) != self.checks[number]:
+                    raise InputChanged(f"line {raw.number} of the input changed while it was read", hint=AGAIN_HINT)
+                yield raw, bytes(self.keys[16 * number : 16 * number + 16])
+                number += 1
+
+
+class InputChanged(L4Error):
+    """Two looks at the input saw different lines."""
+
+
 class RunState:
     """Opening locks, recovers and compares, and changes nothing yet but the repair of a torn end; `start` begins.
 
@@ -69,7 +93,7 @@ class RunState:
         self.options = options
         self.paths = [output] if errors is None else [output, errors]
         self.totals = Totals()
-        self.num_skipped = 0
+        self._met = _Met()
         self.created_s = int(time.time())
         self._job = job
         self._keys, self._key_record = KeyTable(), array("Q")
@@ -196,24 +220,30 @@ class RunState:
         return records[-1] if records is not None and len(records) and records[-1]["kind"] == Kind.END else None
 
     def meet(self, lines: Iterable[RawLine], keys: LineKeys) -> int:
-        """Look at a whole input beforehand, so that a changed line can be told from a repeated id; counts lines."""
+        """Look at a whole input beforehand, so that a changed line can be told from a repeated id; counts lines.
+        `wanted` then takes the same `keys`, and makes none of them again."""
+        self._met = met = _Met()
         for raw in lines:
             key = keys.key(raw)
-            if key is not None:
-                self._find(key, raw.number)
+            is_wanted = key is not None and self._is_wanted(key, raw.number)
+            met.is_wanted.append(is_wanted)
+            if is_wanted:
+                met.keys += key or b""
+                met.checks.append(zlib.crc32(raw.data))
         return keys.lines
 
     def wanted(self, lines: Iterable[RawLine], keys: LineKeys) -> Iterator[tuple[RawLine, bytes]]:
         """The lines that have no result yet, or one to be done again, each with its key."""
+        lines = iter(lines)
+        yield from self._met.wanted(lines)
         for raw in lines:
             key = keys.key(raw)
-            if key is None:
-                continue
-            record = self._find(key, raw.number)
-            if record is None or (self.options.retry_errors and self._is_error[record]):
+            if key is not None and self._is_wanted(key, raw.number):
                 yield raw, key
-            else:
-                self.num_skipped += 1
+
+    def _is_wanted(self, key: bytes, line: int) -> bool:
+        record = self._find(key, line)
+        return record is None or (self.options.retry_errors and bool(self._is_error[record]))
 
     def _find(self, key: bytes, line: int) -> int | None:
         """The record of a line's result, which now is known to stand at `line`."""

@@ -7,6 +7,7 @@ loses nothing that was written, and a power cut at most the last group; `docs/re
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import zlib
 from array import array
@@ -278,7 +279,10 @@ class RunState:
         sizes = [0, 0] if self._contents is None else self._sizes
         if self.journal is not None:
             if self._contents is None:
-                self.journal.begin({"job": self._job, "created": self.created_s})
+                errors = [os.path.relpath(path, self.paths[0].parent) for path in self.paths[1:]]
+                self.journal.begin(
+                    {"job": self._job, "created": self.created_s, "errors": errors[0] if errors else None}
+                )
             else:
                 self.journal.carry_on(self._contents)
                 if self.is_complete:  # from now on a longer output is a torn one, not somebody's change

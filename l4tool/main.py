@@ -20,12 +20,13 @@ COMMANDS = {
     "quantize": "Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.",
     "verify": "Check a checkpoint's files, names and values, or its error against the source.",
     "batch": "Run a JSONL file of prompts and images through a checkpoint.",
+    "merge": "Put the outputs of a batch's shards together, in input order.",
 }
 
 EXIT_CODES = """\b
 Exit codes:
    0  done
-   3  batch finished, but some output lines are errors
+   3  batch or merge finished, but some output lines are errors
   64  options or arguments do not fit
   65  input unusable (checkpoint, config, JSONL)
   66  an input does not exist (file, folder, repository, revision)

@@ -104,8 +104,10 @@ class LinePreparer:
             return Prepared(info, error=LineError("internal_error", f"{type(error).__name__}: {error}"[:500]))
 
     def close(self) -> None:
-        """End what helps: the process that compiles grammars."""
+        """End what helps: the process that compiles grammars, and what is being fetched."""
         self.grammars.close()
+        if self.fetcher is not None:
+            self.fetcher.close()
 
     def _request(self, raw: RawLine, line: Line, gate: Gate | None) -> PreparedRequest:
         form = wanted_form(line)

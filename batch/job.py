@@ -13,6 +13,7 @@ from typing import Any
 
 from batch.backends.base import Backend
 from batch.chat import ChatFormat, find_template
+from batch.failures import device_errors, guarded
 from batch.generation import SamplingDefaults, SamplingOptions
 from batch.images import TileSpec
 from batch.inputs import Input, Lines, open_input
@@ -207,7 +208,9 @@ def _answer(
         if state.has_results:
             note(f"carrying on: {state.totals.lines:,} lines of {options.output} are done")
         started_s = time.monotonic()
-        with contextlib.closing(make_backend(options, front)) as backend:
+        with device_errors():
+            made = make_backend(options, front)
+        with contextlib.closing(made) as backend:
             summary.load_seconds = time.monotonic() - started_s
             state.start()
             run = _Run(options, front, state, summary, stop, total)
@@ -286,7 +289,7 @@ class _Run:
         )
         try:
             with self.progress:
-                for result in backend.run(source):
+                for result in guarded(backend.run(source)):
                     self._on_result(result)
                 while (request := source.take(wait=True)) is not None:  # a backend that ends early
                     self._on_error(self.pending[request.key][0], _lost())

@@ -6,11 +6,12 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 
 import click
 
 from l4tool import __version__
-from l4tool.core import errors
+from l4tool.core import console, errors
 from l4tool.core.signals import Terminated
 
 COMMANDS = {
@@ -50,14 +51,46 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"l4tool.commands.{name}")
-        return module.command
+        return with_common_options(module.command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+def with_common_options(command: click.Command) -> click.Command:
+    """Every command says what it says as text or JSON, and every option has an environment variable."""
+    if not any(param.name == "log_format" for param in command.params):
+        command.params += [
+            click.Option(
+                ["--log-format"], type=click.Choice(["text", "json"]), envvar="L4TOOL_LOG_FORMAT", expose_value=False,
+                callback=_set_log_format, is_eager=True, help="json: each note and error is a JSON object on stderr.",
+            ),
+            click.Option(
+                ["--quiet", "-q"], is_flag=True, envvar="L4TOOL_QUIET", expose_value=False, callback=_set_quiet,
+                is_eager=True, help="Say nothing but errors.",
+            ),
+        ]  # fmt: skip
+    for param in command.params:
+        if isinstance(param, click.Option):
+            param.show_envvar = True
+    return command
+
+
+def _set_log_format(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        console.configure(is_json=value == "json")
+
+
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    console.configure(is_quiet=value)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "L4TOOL"},
+)
 @click.version_option(__version__, prog_name="l4tool")
 def cli() -> None:
     """The Llama 4 toolchain: fetch and quantize checkpoints, run offline batches over JSONL files."""
@@ -70,23 +103,24 @@ def _on_sigterm(signum: int, frame: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code and prints at most one error."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    console.configure(is_json=os.environ.get("L4TOOL_LOG_FORMAT") == "json", is_quiet=False)
     try:
         result = cli.main(args=argv, prog_name="l4tool", standalone_mode=False)
         return result if isinstance(result, int) else errors.EXIT_OK
     except click.ClickException as error:
-        error.show()
+        if console.is_json():
+            console.report_error(error.format_message(), None, errors.EXIT_USAGE)
+        else:
+            error.show()
         return errors.EXIT_USAGE
     except errors.L4Error as error:
-        print(f"l4tool: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
+        if os.environ.get("L4TOOL_DEBUG") and error.__cause__ is not None:
+            traceback.print_exception(error)
+        return _failed(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("l4tool: interrupted", file=sys.stderr)
-        return errors.EXIT_SIGINT
+        return _failed("interrupted", None, errors.EXIT_SIGINT)
     except Terminated:
-        print("l4tool: terminated", file=sys.stderr)
-        return errors.EXIT_SIGTERM
+        return _failed("terminated", None, errors.EXIT_SIGTERM)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.EXIT_OK
@@ -98,9 +132,13 @@ def _internal(error: Exception) -> int:
     """Our own bug: one line for the user, the traceback only on request."""
     if os.environ.get("L4TOOL_DEBUG"):
         raise error
-    print(f"l4tool: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-    print("  hint: run again with L4TOOL_DEBUG=1 for the traceback, and report it", file=sys.stderr)
-    return errors.EXIT_INTERNAL
+    hint = "run again with L4TOOL_DEBUG=1 for the traceback, and report it"
+    return _failed(f"internal error: {type(error).__name__}: {error}", hint, errors.EXIT_INTERNAL)
+
+
+def _failed(message: str, hint: str | None, exit_code: int) -> int:
+    console.report_error(message if console.is_json() else f"l4tool: {message}", hint, exit_code)
+    return exit_code
 
 
 def run() -> None:

@@ -121,5 +121,5 @@ def command(**options: Any) -> int:
     places = Places(*(options.pop(name) for name in ("input", "output", "errors", "spool")))
     run = BatchOptions(Path(places.input), Path(places.output), sampling=sampling, state=state, **renamed, **options)
     summary = run_places(places, run)
-    note(summary.as_table())
+    note(summary.as_table(), "summary", exit_code=summary.exit_code, summary=summary.as_json())
     return summary.exit_code

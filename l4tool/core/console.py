@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from l4tool.core.sizes import format_bytes, format_duration
 
 LOG_INTERVAL_S = 30.0
+MAX_LOG_INTERVAL_S = 900.0  # a night's cron mail stays short
 BAR_INTERVAL_S = 0.2
 
 
-def note(text: str) -> None:
-    """One line for the person at the terminal or the cron mail."""
-    print(text, file=sys.stderr, flush=True)
+@dataclass
+class _Style:
+    """How everything but data is said; `configure` sets it for the process."""
+
+    is_json: bool = False
+    is_quiet: bool = False
+
+
+_style = _Style()
+
+
+def configure(is_json: bool | None = None, is_quiet: bool | None = None) -> None:
+    """One JSON object per line instead of text; only errors."""
+    _style.is_json = _style.is_json if is_json is None else is_json
+    _style.is_quiet = _style.is_quiet if is_quiet is None else is_quiet
+
+
+def log_line(text: str, level: str = "info", event: str = "note", **fields: Any) -> str:
+    """`text` as it goes to stderr, line end included; as JSON it has ts (UTC), level, event, message and `fields`."""
+    if not _style.is_json:
+        return text + "\n"
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    line = {"ts": now, "level": level, "event": event, "message": text, **fields}
+    return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+
+
+def note(text: str, event: str = "note", **fields: Any) -> None:
+    """One line for the person at the terminal or the cron mail; `fields` are for programs (--log-format json)."""
+    if not _style.is_quiet:
+        sys.stderr.write(log_line(text, "info", event, **fields))
+        sys.stderr.flush()
+
+
+def report_error(message: str, hint: str | None, exit_code: int) -> None:
+    """The one error that ends a command."""
+    fields = {} if hint is None else {"hint": hint}
+    text = message if _style.is_json or hint is None else f"{message}\n  hint: {hint}"
+    sys.stderr.write(log_line(text, "error", "error", exit_code=exit_code, **fields))
+    sys.stderr.flush()
+
+
+def is_json() -> bool:
+    """Whether --log-format json was asked for."""
+    return _style.is_json
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
@@ -37,7 +82,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
 
 
 class Progress:
-    """tqdm on a terminal; one log line every 30 s elsewhere. Counts bytes (`unit="B"`) or things.
+    """tqdm on a terminal; elsewhere a log line after 30 s, then ever more rarely, and every 30 s as JSON. Counts bytes
+    (`unit="B"`) or things.
 
     `suffix` is free text shown behind the rate (tokens/s, say). `line` makes it one of several bars on a terminal:
     that many lines below the first, gone when it is closed.
@@ -51,7 +97,8 @@ class Progress:
         self._suffix: str | Callable[[], str] = ""
         self.started_s = self.logged_s = time.monotonic()
         self.bar: Any = None
-        if sys.stderr.isatty():
+        self._interval_s = LOG_INTERVAL_S
+        if sys.stderr.isatty() and not _style.is_json and not _style.is_quiet:
             from tqdm import tqdm
 
             size = shutil.get_terminal_size()  # 80 × 24 where the terminal does not tell; tqdm would hide its bars
@@ -65,7 +112,7 @@ class Progress:
         """Add `amount` units; thread-safe enough for one writer. A `suffix` that takes time to make is a function."""
         self.done += amount
         now_s = time.monotonic()
-        if self.bar is None and now_s - self.logged_s < LOG_INTERVAL_S:
+        if self.bar is None and now_s - self.logged_s < self._interval_s:
             self._suffix = suffix if suffix is not None else self._suffix
             return
         if suffix is not None:
@@ -77,7 +124,10 @@ class Progress:
             self.bar.update(amount)
         else:
             self.logged_s = now_s
-            note(self._line())
+            if not _style.is_json:
+                self._interval_s = min(2 * self._interval_s, MAX_LOG_INTERVAL_S)
+            fields = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit}
+            note(self._line(), "progress", **fields, seconds=round(now_s - self.started_s, 1))
 
     @property
     def suffix(self) -> str:

@@ -7,6 +7,8 @@ import signal
 import threading
 from typing import Any
 
+from l4tool.core.console import log_line
+
 
 class Terminated(BaseException):
     """SIGTERM arrived; unwinds like KeyboardInterrupt so that files are left consistent."""
@@ -46,8 +48,8 @@ class GracefulStop:
         if not is_first or self.grace_s <= 0:
             self._raise()
         self.is_requested = True
-        text = f"stopping: what runs is finished first, for at most {self.grace_s:g} s; a second signal stops at once\n"
-        os.write(2, text.encode())  # print may be what was interrupted
+        text = f"stopping: what runs is finished first, for at most {self.grace_s:g} s; a second signal stops at once"
+        os.write(2, log_line(text).encode())  # print may be what was interrupted
         signal.setitimer(signal.ITIMER_REAL, self.grace_s)
 
     def _on_alarm(self, number: int, frame: object) -> None:

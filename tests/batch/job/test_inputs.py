@@ -18,7 +18,7 @@ from batch.many import run_places
 from batch.places import Places, find_inputs
 from batch.spool import spool_path
 from batch.state import StateOptions
-from l4tool.core.errors import InputMissing, UsageError, WriteError
+from l4tool.core.errors import DeviceError, InputMissing, UsageError, WriteError
 from tests.batch.job.conftest import EchoBackend
 from tests.batch.job.test_resume import Job, many, no_backend, without_time
 
@@ -313,7 +313,7 @@ class TestRemote:
                     raise RuntimeError("the device is gone")
                 return super().answer(request)
 
-        with pytest.raises(RuntimeError):
+        with pytest.raises(DeviceError):
             go("memory://in/x.jsonl", "memory://out/x.jsonl", Dying)
         assert not store.exists("/out/x.jsonl")
         made = []

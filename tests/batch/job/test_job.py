@@ -17,7 +17,7 @@ from batch.job import BatchOptions, load_front, run_batch
 from batch.journal import Journal
 from batch.requests import GenerationResult
 from l4tool.core import licence
-from l4tool.core.errors import CheckpointError, InputMissing, LockHeld, UsageError, WriteError
+from l4tool.core.errors import CheckpointError, DeviceError, InputMissing, LockHeld, UsageError, WriteError
 from tests import checkpoints
 from tests.batch.job.conftest import FORCE, EchoBackend
 
@@ -225,7 +225,7 @@ class FailingBackend(EchoBackend):
 
 
 def test_a_failing_backend_leaves_whole_lines_and_a_summary(run, tmp_path, capsys):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DeviceError):
         run([{"prompt": str(i)} for i in range(20)], FailingBackend, summary=tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["ok"], found["complete"]) == (3, False) and "3 lines" in capsys.readouterr().err

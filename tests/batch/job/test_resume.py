@@ -13,7 +13,7 @@ from batch.journal import journal_path, read_journal
 from batch.requests import GenerationResult
 from batch.state import StateOptions
 from batch.summary import MaxErrors, TooManyErrors
-from l4tool.core.errors import WriteError
+from l4tool.core.errors import DeviceError, WriteError
 from tests.batch.job.conftest import FORCE, EchoBackend, encode
 
 
@@ -48,7 +48,7 @@ class Job:
         return run_batch(BatchOptions(self.source, self.target, self.model, **options), backend)
 
     def interrupt(self, after, **options):
-        with pytest.raises(RuntimeError, match="device is gone"):
+        with pytest.raises(DeviceError, match="device is gone"):
             self.run(fail_after=after, **options)
 
     @property
@@ -338,7 +338,7 @@ class TestRepair:
                     raise
 
         Cut.answered, Cut.fail_after = Counter(), draw.randrange(1, 40)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(DeviceError):
             run_batch(BatchOptions(job.source, job.target, job.model, state=StateOptions(sync_lines=7)), Cut)
         done = len(job.lines)
         for path in (job.target, journal_path(job.target)):

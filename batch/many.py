@@ -143,7 +143,8 @@ def _run_pair(pair: Places, options: job.BatchOptions, model: SharedModel) -> Ro
         raise
     except L4Error as error:
         model.forget()
-        note(f"{pair.input}: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
+        where = "" if pair.input in error.message else f"{pair.input}: "
+        note(where + error.message + (f"\n  hint: {error.hint}" if error.hint else ""))
         return Row(pair.input, pair.output, error=error)
     found.output = pair.output
     return Row(pair.input, pair.output, found)

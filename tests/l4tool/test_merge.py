@@ -9,7 +9,7 @@ from batch.job import BatchOptions, run_batch
 from batch.journal import journal_path
 from batch.line_keys import Shard
 from batch.state import StateOptions
-from l4tool.core.errors import LockHeld
+from l4tool.core.errors import DeviceError, LockHeld
 from l4tool.main import main
 from tests.batch.job.conftest import EchoBackend
 from tests.batch.job.test_resume import encode, many
@@ -59,6 +59,9 @@ def timeless(path):
         if line.get("response"):
             line["response"]["body"].pop("created", None)
     return lines
+
+
+GONE = (RuntimeError, DeviceError)
 
 
 class Dying(EchoBackend):
@@ -140,7 +143,7 @@ class TestRefusals:
     def test_a_shard_that_is_not_finished(self, shards, capsys):
         for index in (1, 3, 4):
             shards.run(index)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(GONE):
             shards.run(2, Dying)
         done = len(timeless(shards.out(2)))
         refused(shards, capsys, 65, "shard 2/4", f"has {done} of ", "run its command again")
@@ -155,7 +158,7 @@ class TestRefusals:
     def test_how_many_lines_it_should_have(self, shards, capsys):
         for index in (1, 3, 4):
             shards.run(index)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(GONE):
             shards.run(2, Dying)
         capsys.readouterr()
         shards.merge()
@@ -228,7 +231,7 @@ class TestRefusals:
 
 def test_a_killed_runs_last_line_is_left_out_of_a_partial_merge(shards):
     """Its record was written first; its line is torn."""
-    with pytest.raises(RuntimeError):
+    with pytest.raises(GONE):
         shards.run(1, Dying)
     whole = timeless(shards.out(1))
     shards.out(1).write_bytes(shards.out(1).read_bytes()[:-5])

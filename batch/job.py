@@ -177,6 +177,12 @@ def run_batch(
     return summary
 
 
+def make_preparer(options: BatchOptions, front: Front) -> LinePreparer:
+    """What turns lines into requests."""
+    base, fetcher = _image_base(options), _url_fetcher(options)
+    return LinePreparer(front.arch, front.chat, front.tiles, front.defaults, base, options.max_images, fetcher)
+
+
 def job_facts(options: BatchOptions, front: Front, fingerprint: str) -> dict[str, Any]:
     """What must stay the same between two runs that make one output."""
     defaults = dataclasses.asdict(front.defaults)
@@ -275,10 +281,7 @@ class _Run:
         self.responses = ResponseWriter(
             front.tokenizer, _model_name(options.model), "l4_" + summary.fingerprint, state.created_s
         )
-        base = _image_base(options)
-        self.preparer = LinePreparer(
-            front.arch, front.chat, front.tiles, front.defaults, base, options.max_images, _url_fetcher(options)
-        )
+        self.preparer = make_preparer(options, front)
         self.started_s = time.monotonic()
         self.progress = Progress("batch", total_lines, unit="lines", initial=state.totals.lines)
 

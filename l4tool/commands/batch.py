@@ -32,7 +32,7 @@ class _Size(click.ParamType):
 
 @click.command("batch", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("input", metavar="IN.jsonl")
-@click.argument("output", metavar="OUT.jsonl")
+@click.argument("output", metavar="OUT.jsonl", required=False)
 @click.option("--model", required=True, help="Checkpoint folder, quantized or not; or a fetched repository's name.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy.")
@@ -79,6 +79,10 @@ class _Size(click.ParamType):
 @click.option("--summary", type=_PATH, metavar="FILE", help="Write the final figures as JSON.")
 @click.option("--spool", type=_PATH, metavar="DIR",
               help="Where outputs for URLs are written until they are complete.  [default: in your cache]")  # fmt: skip
+@click.option("--check", is_flag=True, help="Run nothing: look at every line, count tokens and images, name errors.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="TOKENS",
+              help="With --check: tokens out per second, to estimate the time; else --summary has it.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found as JSON.")
 def command(**options: Any) -> int:
     """Answer every line of IN.jsonl, text and images, and write one line each to OUT.jsonl.
 
@@ -118,8 +122,33 @@ def command(**options: Any) -> int:
         "max_errors": MaxErrors.parse(max_errors) if max_errors else None,
         "shard": Shard.parse(shard) if shard else None,
     }
+    check, rate, as_json = (options.pop(name) for name in ("check", "rate", "as_json"))
+    if check:
+        return _check(sampling, state, renamed, options, rate, as_json)
+    if rate is not None or as_json:
+        raise click.UsageError("--rate and --json go with --check")
+    if options["output"] is None:
+        raise click.UsageError("Missing argument 'OUT.jsonl'.")
     places = Places(*(options.pop(name) for name in ("input", "output", "errors", "spool")))
     run = BatchOptions(Path(places.input), Path(places.output), sampling=sampling, state=state, **renamed, **options)
     summary = run_places(places, run)
     note(summary.as_table(), "summary", exit_code=summary.exit_code, summary=summary.as_json())
     return summary.exit_code
+
+
+def _check(sampling: Any, state: Any, renamed: dict[str, Any], options: dict[str, Any], rate: float | None,
+           as_json: bool) -> int:  # fmt: skip
+    """--check: what was found goes to stdout."""
+    import json
+
+    from batch.check import check_inputs
+    from batch.job import BatchOptions
+    from batch.places import find_inputs, is_many
+
+    source = options.pop("input")
+    for name in ("output", "errors", "spool"):
+        options.pop(name)
+    run = BatchOptions(Path(source), Path(), sampling=sampling, state=state, **renamed, **options)
+    found = check_inputs(find_inputs(source) if is_many(source) else [source], run, rate)
+    click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else found.as_table())
+    return found.exit_code

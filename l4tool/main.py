@@ -143,7 +143,13 @@ def _failed(message: str, hint: str | None, exit_code: int) -> int:
 
 def run() -> None:
     """Console-script entry point."""
-    sys.exit(main())
+    try:
+        code = main()
+        for number in (signal.SIGTERM, signal.SIGINT):  # the interpreter's own end is no place for a traceback
+            signal.signal(number, signal.SIG_IGN)
+    except (Terminated, KeyboardInterrupt) as error:  # one more signal, while the first one was being reported
+        code = errors.EXIT_SIGTERM if isinstance(error, Terminated) else errors.EXIT_SIGINT
+    sys.exit(code)
 
 
 if __name__ == "__main__":

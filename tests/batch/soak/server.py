@@ -15,7 +15,7 @@ from pathlib import Path
 
 from batch import job
 from batch.requests import Choice, GenerationResult
-from l4tool.main import main
+from l4tool.main import run
 from tests.batch.soak.faults import REAL, Disk, Fault, Injector
 
 WINDOW = 4
@@ -63,9 +63,11 @@ def child(order):
     fault = Fault(**order["fault"]) if order.get("fault") else None
     disk = Disk(folder, Path(order["store"])) if order.get("store") else None
     Injector(folder, fault, disk).install()
-    code = main(order["argv"])
-    sys.stderr.flush()
-    os._exit(code)
+    sys.argv = ["l4tool", *order["argv"]]
+    try:
+        run()
+    except SystemExit as end:
+        os._exit(end.code)
 
 
 def wait_for(pid, order):

@@ -16,7 +16,7 @@ from batch import remote
 from batch.journal import journal_path
 from l4tool.core.atomic import write_errors, write_file
 from l4tool.core.console import note
-from l4tool.core.errors import WriteError
+from l4tool.core.errors import UsageError, WriteError
 from l4tool.core.sizes import format_bytes
 
 UPLOADED_SUFFIX = ".uploaded"
@@ -46,7 +46,7 @@ def spool_path(url: str, spool: Path) -> Path:
     folder = spool / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return folder / (url.rstrip("/").rpartition("/")[2] or "out")
+    return folder / url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def spooled(target: str, spool: Path | None, in_order: bool, force: bool) -> Ite
             path = Path(folder) / "out.jsonl"
             yield path, [CopyToStdout(path)]
     elif remote.is_url(target) and (local := remote.local_path(target)) is None:
+        if target.endswith("/"):
+            raise UsageError(f"{target} is a folder", hint="give the name of an object; many inputs go to a folder")
         upload = Upload(spool_path(target, spool or default_spool()), target)
         upload.check_free(force)
         yield upload.path, [upload]

@@ -382,6 +382,28 @@ class TestRemote:
         with pytest.raises(UsageError, match="no driver"):
             go("nosuch://x/y.jsonl", str(tmp_path / "out"))
 
+    def test_one_output_is_an_object_not_a_folder(self, store, go):
+        store.pipe_file("/in/x.jsonl", text(1))
+        with pytest.raises(UsageError, match="folder"):
+            go("memory://in/x.jsonl", "memory://out/", no_backend)
+
+    def test_a_web_server(self, go, tmp_path):
+        pytest.importorskip("aiohttp", reason="fsspec reads http:// with aiohttp (extra remote-test has it)")
+        from functools import partial
+        from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+        (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text(20)))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert go(f"{url}/x.jsonl.gz", str(tmp_path / "out.jsonl")).ok == 20
+            with pytest.raises(InputMissing):
+                go(f"{url}/none.jsonl", str(tmp_path / "out2.jsonl"))
+        finally:
+            server.shutdown()
+            server.server_close()
+
     def test_file_urls_are_files(self, go, tmp_path):
         (tmp_path / "a b.jsonl").write_bytes(text(3))
         go(f"file://{tmp_path}/a%20b.jsonl", f"file://{tmp_path}/out.jsonl")

@@ -44,20 +44,29 @@ def make_renderer(source: str, now: datetime) -> Renderer:
     from batch.template_bounds import is_bounded
     from batch.template_process import ChildRenderer
 
-    local = LocalRenderer(source, now)
-    if is_bounded(local.environment, source):
-        return local
+    environment = make_environment(now)
+    try:
+        environment.parse(source)  # no more than that: compiling computes constants
+    except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        raise TemplateFailure(str(error) or type(error).__name__) from None
+    if is_bounded(environment, source):
+        return LocalRenderer(source, now)
     return ChildRenderer(source, now)
+
+
+def make_environment(now: datetime) -> ImmutableSandboxedEnvironment:
+    """The sandbox, with `now` as the date that templates ask for."""
+    environment = _Environment()
+    environment.globals["strftime_now"] = now.strftime
+    return environment
 
 
 class LocalRenderer:
     """Renders in this process. Loops and strings that grow are not stopped here."""
 
     def __init__(self, source: str, now: datetime) -> None:
-        self.environment = _Environment()
-        self.environment.globals["strftime_now"] = now.strftime
         try:
-            self._template = self.environment.from_string(source)
+            self._template = make_environment(now).from_string(source)
         except (jinja2.TemplateError, RecursionError, ValueError, MemoryError) as error:
             raise TemplateFailure(str(error) or type(error).__name__) from None
 

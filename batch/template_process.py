@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from batch.template import LocalRenderer, TemplateFailure, TemplateRefusal
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 10.0
 MEMORY_BYTES = 2 * 2**30
 _REPLY_OVERHEAD_BYTES = 4096
 _START = "import sys; sys.path[:] = {path!r}; from batch.template_process import serve; serve()"
@@ -65,7 +65,10 @@ class ChildRenderer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the run, which finishes what it has begun
         )  # fmt: skip
-        _ask(child, self._hello, _REPLY_OVERHEAD_BYTES, START_TIMEOUT_S)
+        reply = _ask(child, self._hello, _REPLY_OVERHEAD_BYTES, START_TIMEOUT_S)
+        if "failed" in reply:
+            self._stop()
+            raise TemplateFailure(reply["failed"])
         return child
 
     def _stop(self) -> None:
@@ -119,7 +122,11 @@ def serve() -> None:
     hello = _next(source)
     if hello is None:
         return
-    renderer = LocalRenderer(hello["source"], datetime.fromisoformat(hello["now"]))
+    try:
+        renderer = LocalRenderer(hello["source"], datetime.fromisoformat(hello["now"]))
+    except TemplateFailure as error:
+        _write(target, {"failed": str(error)[:500]})
+        return
     _write(target, {})
     while (request := _next(source)) is not None:
         _write(target, _answer(renderer, request))

@@ -28,7 +28,8 @@ def root(tmp_path):
         (tmp_path / path).write_bytes(OUTSIDE)
     links = {
         "in": "a.png", "sub/up": "../a.png", "sub/deep/chain": "../up", "folder": "sub",
-        "absolute": str(root / "a.png"), "here": ".", "out": "../s.png", "out_folder": "../other", "out_absolute": "/etc/passwd",
+        "absolute": str(root / "a.png"), "here": ".", "out": "../s.png", "out_folder": "../other",
+        "out_absolute": "/etc/passwd",
         "sub/out": "../../s.png",
         "sneaky": "sub/../../s.png", "sneaky2": f"{root}/../s.png", "sibling": f"{tmp_path}/root2/s.png",
         "loop": "loop",

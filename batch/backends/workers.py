@@ -220,10 +220,8 @@ class WorkersBackend:
     def _suspect(self, begun: list[WorkerLine]) -> None:
         for line in begun:
             line.deaths += 1
-            if len(begun) == 1 and line.deaths >= KILLS_FOR_POISON:
-                self._poison.append(line)
-            else:
-                self._suspects.append(line)
+            assert len(begun) == 1 or line.deaths == 1, "a suspect was not alone"
+            (self._poison if line.deaths >= KILLS_FOR_POISON else self._suspects).append(line)
 
     def _convict(self) -> None:
         """Answer the lines that are to blame. They wait for this: where nothing else is answered, it is not they."""

@@ -81,6 +81,11 @@ class ManySummary:
 
     input: str
     rows: list[Row] = field(default_factory=list)
+    num_inputs: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.rows) == self.num_inputs and all(row.state == "done" for row in self.rows)
 
     @property
     def exit_code(self) -> int:
@@ -108,7 +113,10 @@ class ManySummary:
             if row.error is not None:
                 one |= {"error": row.error.message, "exit_code": row.error.exit_code}
             files.append(one | ({} if row.summary is None else row.summary.as_json()))
-        return {"input": self.input, "inputs": len(files), **dict(zip(names, totals, strict=True)), "files": files}
+        return {"input": self.input, "inputs": self.num_inputs, "complete": self.is_complete} | {
+            **dict(zip(names, totals, strict=True)),
+            "files": files,
+        }
 
     def save(self, path: Path) -> None:
         """Write the JSON, whole or not at all. Raises WriteError."""
@@ -117,7 +125,7 @@ class ManySummary:
 
 def _run_many(places: Places, options: job.BatchOptions, make_backend: job.MakeBackend) -> ManySummary:
     inputs = find_inputs(places.input)
-    summary = ManySummary(places.input)
+    summary = ManySummary(places.input, num_inputs=len(inputs))
     if not inputs:
         note(f"nothing to do: there are no inputs in {places.input}")
     check_folders(places)

@@ -1,5 +1,6 @@
 """--shard I/N: the same line always in the same part, each part a job of its own."""
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -62,6 +63,12 @@ def test_a_line_keeps_its_shard_wherever_it_stands():
     random.Random(1).shuffle(lines)
     lines = raw(3)[:1] + lines[100:]
     assert all(before[line] == part for line, part in zip(lines, parts(lines, 5), strict=True))
+
+
+def test_releases_agree_on_the_split():
+    lines = raw(50)
+    digests = [hashlib.blake2b(line, digest_size=16).digest() for line in lines]
+    assert parts(lines, 6) == [[int.from_bytes(digest[8:], "little") % 6 + 1] for digest in digests]
 
 
 def test_equal_lines_are_in_one_shard():

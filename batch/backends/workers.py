@@ -247,6 +247,9 @@ def embedded_workers(model: Path, engine: dict[str, Any], count: int) -> Workers
     if on_cuda:
         import torch
 
+        from batch.model.model import resolve_device
+
+        resolve_device(engine["device"])  # says so where there is none
         shares = cuda_shares(count, torch.cuda.device_count())
     else:
         shares = cpu_shares(count)

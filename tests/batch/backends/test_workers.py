@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from batch.backends import shares, workers
@@ -19,7 +20,7 @@ from batch.backends.base import ListSource
 from batch.backends.shares import cpu_shares, cuda_shares, usable_cores
 from batch.backends.worker_channel import WorkerJob
 from batch.backends.worker_handle import Share
-from batch.backends.workers import WorkersBackend
+from batch.backends.workers import WorkersBackend, embedded_workers
 from batch.job import BatchOptions, run_batch
 from batch.requests import ImageTiles, PreparedRequest, SamplingParams
 from batch.state import StateOptions
@@ -230,6 +231,12 @@ def test_each_worker_has_a_device_and_its_share_of_threads(monkeypatch):
     assert [share.cuda_device for share in cuda_shares(3, 8)] == ["0", "1", "2"]
     with pytest.raises(UsageError, match="3 workers on 2 CUDA devices"):
         cuda_shares(3, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_workers_on_devices_that_are_not_there(tmp_path):
+    with pytest.raises(DeviceError, match="cuda is not available"):
+        embedded_workers(tmp_path, {"device": "cuda", "max_seqs": None}, 2)
 
 
 # -- the command with the real engine

@@ -64,6 +64,7 @@ INSTEAD = {
 }
 
 
+# Lists fail fast: an error for each of a million wrong items would take gigabytes.
 class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -107,7 +108,7 @@ class SamplingFields(StrictModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     ignore_eos: bool = False
@@ -160,7 +161,7 @@ _Part = Annotated[
     Discriminator(_part_tag),
 ]  # fmt: skip
 _Content = Annotated[
-    Annotated[str, Tag("#str")] | Annotated[list[_Part], Tag("#list")],
+    Annotated[str, Tag("#str")] | Annotated[list[_Part], Field(fail_fast=True), Tag("#list")],
     Discriminator(_is_text),
 ]
 
@@ -208,12 +209,12 @@ class ToolFields(StrictModel):
 
 class ChatBody(SamplingFields, ToolFields):
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-_TokenIds = list[Annotated[int, Field(ge=0)]]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 _Prompt = Annotated[
     Annotated[str, Tag("#str")] | Annotated[_TokenIds, Tag("#list")],
     Discriminator(_is_text),
@@ -231,8 +232,8 @@ class ShortLine(SamplingFields, ToolFields):
     id: str | int | None = None
     model: str | None = None
     prompt: _Prompt | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    images: list[Annotated[str, Field(min_length=1)]] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    images: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)] | None = None
     raw: bool = False
     parse_special: bool = False
     logprobs: bool | None = None

@@ -36,6 +36,10 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
 _ESCAPED_IN_JSON = re.compile(r'["\x00-\x1f]|\\[\\nrtfv0]|\\x[01]|\\u00[01]|\\[xu](?:00)?(?:22|5[cC])')
+_NOT_REGULAR = re.compile(r"\\[bBpPkAzZG1-9]|\[.*\\[pP]")
+_NO_SPACE = (
+    r"[^\s\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"  # \S, which xgrammar takes for ASCII
+)
 _NEUTRAL = {"uniqueItems": False, "unevaluatedProperties": True, "unevaluatedItems": True, "minProperties": 0,
             "minContains": 0}  # fmt: skip
 
@@ -61,7 +65,7 @@ class _Check:
         found: dict[str, Any] = {}
         for name in _DEFINITIONS:
             if name in kept:
-                inner = _dict(kept.pop(name))
+                inner = _object(kept.pop(name), name, path)
                 found[name] = {key: self.visit(v, f"{path}/{name}/{key}", depth + 1) for key, v in inner.items()}
         return found | self._constraints(kept, path, depth)
 
@@ -119,7 +123,9 @@ class _Check:
             raise _cannot(path, "'pattern' together with a length")
         if "pattern" in kept:
             check_pattern(kept["pattern"], path)
-        names = [*_dict(kept.get("properties"))]
+            parts = _PATTERN_PART.findall(kept["pattern"])
+            kept["pattern"] = "".join(_NO_SPACE if part == "\\S" else part for part in parts)
+        names = [*_object(kept.get("properties", {}), "properties", path)]
         required = kept.get("required") or []
         if not isinstance(required, list) or (missing := [name for name in required if name not in names]):
             raise _cannot(path, f"'required' with {str(missing[0])[:60]!r}, which 'properties' lacks")
@@ -127,10 +133,12 @@ class _Check:
             if key in kept and not isinstance(kept[key], bool):
                 kept[key] = self.visit(kept[key], f"{path}/{key}", depth + 1)
         if "properties" in kept:
-            inner = _dict(kept["properties"])
-            kept["properties"] = {k: self.visit(v, f"{path}/properties/{k}", depth + 1) for k, v in inner.items()}
+            inner = kept["properties"].items()
+            kept["properties"] = {k: self.visit(v, f"{path}/properties/{k}", depth + 1) for k, v in inner}
         if "prefixItems" in kept:
-            places = enumerate(kept["prefixItems"] if isinstance(kept["prefixItems"], list) else [])
+            if not isinstance(kept["prefixItems"], list):
+                raise _cannot(path, "'prefixItems' that is not a list")
+            places = enumerate(kept["prefixItems"])
             kept["prefixItems"] = [self.visit(v, f"{path}/prefixItems/{i}", depth + 1) for i, v in places]
         if "multipleOf" in kept and not _is_a(kept["multipleOf"], "integer"):
             raise _cannot(path, "'multipleOf' a fraction")
@@ -163,10 +171,12 @@ class _Check:
 
 
 def check_pattern(pattern: Any, path: str = "", in_json: bool = True) -> None:
-    """The grammar overlooks ^ and $ inside a pattern, and writes what JSON has to escape as it is. LineError."""
+    """What xgrammar overlooks in a pattern, or writes as it is where JSON has to escape it. Raises LineError."""
     parts = _PATTERN_PART.findall(pattern) if isinstance(pattern, str) else []
     if not parts or "^" in parts[1:] or "$" in parts[:-1]:
         raise _cannot(path, "a 'pattern' that is empty or has ^ or $ in its middle")
+    if any(_NOT_REGULAR.match(part) for part in parts) or re.search(r"\(\?[^:]", pattern):
+        raise _cannot(path, "a 'pattern' with lookaround, word boundaries, back references or Unicode classes")
     if in_json and any(_ESCAPED_IN_JSON.search(part) for part in parts if not part.startswith("[^")):
         raise _cannot(path, "a 'pattern' with quotes, backslashes or control characters")
 
@@ -214,6 +224,12 @@ def _is_a(value: Any, name: Any) -> bool:
 
 def _is_neutral(key: str, value: Any) -> bool:
     return key in _NEUTRAL and type(value) is type(_NEUTRAL[key]) and value == _NEUTRAL[key]
+
+
+def _object(value: Any, name: str, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _cannot(path, f"'{name}' that is not an object")
+    return value
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import jsonschema
 import numpy as np
@@ -159,6 +160,25 @@ def test_every_answer_validates(name, grammars, tiny, stop_ids):
         jsonschema.Draft202012Validator(schema).validate(json.loads(answer))
 
 
+PATTERNS = [
+    r"^\S{1,3}$", r"\W{2}", r"[^\d]{2}", r"[\w.-]+@x", "^a|b$", r"\.", "[.]", r"\d{3}", "(ab)?c*", r"\/\-", r"[\]a]",
+    r"\u00e9", ".{1,4}", r"[^a\s]{2}", r"\s?x", "é+", "[а-я]{2}", "(a|(b|c){2}){1,3}", "x{0}", '[^"]{2}', r"\D\W",
+    "[a^]", r"\$[0-9]", "[$]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_string_matches_its_pattern(pattern, grammars, tiny, stop_ids):
+    schema = {"type": "string", "pattern": pattern}
+    grammar = grammars.grammar(schema_form(schema), stop_ids)
+    ended = [answer for seed in range(25) if (answer := walk(grammar, tiny, stop_ids, seed, 60)) is not None]
+    assert ended
+    for answer in ended:
+        value = json.loads(answer)
+        assert re.search(pattern, value, re.ASCII), value  # classes are ECMAScript's
+        assert not re.search(r"\s", value) or pattern != r"^\S{1,3}$"
+
+
 def test_loose_objects(grammars, tiny, stop_ids):
     for form in (
         form_of(response_format={"type": "json_object"}),
@@ -200,6 +220,12 @@ def test_choice_regex_and_grammar(grammars, tiny, stop_ids):
         ({"type": "string", "pattern": "^a+$", "maxLength": 2}, "'pattern' together with a length"),
         ({"type": "string", "pattern": "a$b"}, "in its middle"),
         ({"type": "string", "pattern": 'say "a"'}, "with quotes"),
+        ({"type": "string", "pattern": "(?=a)b"}, "with lookaround"),
+        ({"type": "string", "pattern": r"a\b"}, "with lookaround"),
+        ({"type": "string", "pattern": r"(a)\1"}, "with lookaround"),
+        ({"type": "object", "properties": [1]}, "'properties' that is not an object"),
+        ({"$defs": 5, "type": "null"}, "'$defs' that is not an object"),
+        ({"type": "array", "prefixItems": {}}, "'prefixItems' that is not a list"),
         ({"type": "string", "pattern": r"a\\b"}, "with quotes"),
         ({"type": "string", "pattern": r"a\tb"}, "with quotes"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "may overlap"),
@@ -233,7 +259,7 @@ def test_what_cannot_be_kept_is_refused(schema, text):
     ("fields", "text"),
     [
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex: it cannot be compiled: Regex parsing"),
-        ({"structured_outputs": {"regex": "(?=a)b"}}, "ookahead"),
+        ({"structured_outputs": {"regex": "a{3,1}"}}, "Lower bound is larger"),
         ({"structured_outputs": {"grammar": "root ::= nope"}}, "structured_outputs.grammar: it cannot be compiled"),
     ],
 )

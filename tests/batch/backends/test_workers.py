@@ -1,5 +1,6 @@
 """Worker processes: the same answers, none lost and none twice whoever dies, blame where it belongs, no orphans."""
 
+import contextlib
 import json
 import os
 import random
@@ -293,8 +294,8 @@ def command(folder, scout_tiny):
 
     yield call
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it too
         process.communicate()
 
 

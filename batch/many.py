@@ -128,10 +128,11 @@ def _run_many(places: Places, options: job.BatchOptions, make_backend: job.MakeB
     summary = ManySummary(places.input, num_inputs=len(inputs))
     if not inputs:
         note(f"nothing to do: there are no inputs in {places.input}")
+    pairs = pair_up(places, inputs)
     check_folders(places)
     with contextlib.closing(SharedModel(make_backend)) as model:
         try:
-            for pair in pair_up(places, inputs):
+            for pair in pairs:
                 summary.rows.append(_run_pair(pair, replace(options, summary=None), model))
         finally:
             if options.summary is not None:

@@ -257,7 +257,7 @@ class TestMany:
             box.outbox = tmp_path / "no" / "outbox"
         with pytest.raises((UsageError, WriteError)):
             box.run(make_backend=no_backend)
-        assert not list(box.inbox.glob("*.journal"))
+        assert not list(box.inbox.glob("*.journal")) and not (tmp_path / "outbox").exists()
 
     def test_a_backend_that_was_left_in_the_middle_is_not_used_again(self, box, monkeypatch):
         calls = []

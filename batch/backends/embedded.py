@@ -17,7 +17,7 @@ from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
 from batch.engine.stats import EngineStats
 from batch.model.model import Model, load_model
-from batch.requests import Choice, GenerationResult, PreparedRequest
+from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from l4tool.core.errors import UsageError
 from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
@@ -112,9 +112,16 @@ class EmbeddedBackend:
 
     def _start(self, job: _Job, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
         request, sampling = job.request, job.request.sampling
-        for index in range(request.n):
+        masks: list[TokenMask | None] = [None] * request.n
+        if request.grammar is not None:
+            try:  # in a worker it is compiled again
+                masks = [request.grammar.start() for _ in range(request.n)]
+            except Exception as error:
+                del jobs[id(job)]
+                yield GenerationResult(request.key, [], len(request.prompt), "grammar_error", str(error))
+                return
+        for index, mask in enumerate(masks):
             seed = derive_seed(sampling.seed, index) if index else sampling.seed
-            mask = None if request.grammar is None else request.grammar.start()
             asked = replace(sampling, seed=seed)
             sequence = self.engine.add((job, index), request.prompt, asked, request.images, mask)
             job.sequences.append(sequence)

@@ -127,3 +127,9 @@ def test_bad_forms_are_error_lines_beside_good_ones(answers):
     found, summary = answers([*bad, FORMED[0], *PLAIN], errors=len(bad))
     assert summary.errors == {"invalid_grammar": 1, "unsupported_schema": 1, "invalid_request": 3}
     assert all(found[line["id"]]["text"] for line in PLAIN)
+
+
+def test_forms_in_worker_processes(answers):
+    """A worker compiles anew, and says what one process says."""
+    lines = [FORMED[len(NAMES)], FORMED[len(NAMES) + 1], schema_line("unicode"), PLAIN[0]]
+    assert answers(lines, workers=2)[0] == answers(lines)[0]

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow soak lint bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: setup
 test-slow: setup
 	$(PY) -m pytest -m slow
 
+# Kills, power cuts, fuzz and a million lines: docs/reliability.md.
+soak: setup
+	$(PY) -m pytest -n $(TEST_WORKERS) -m "slow or not slow" tests/batch/soak tests/batch/job tests/batch/front
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -37,6 +41,7 @@ lint: setup
 bench: setup
 	$(PY) bench/quantize.py
 	$(PY) bench/batch_cpu.py
+	$(PY) bench/pipeline.py
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     """Write a small file whole or not at all; mode by umask. Raises WriteError."""
     raw = data.encode() if isinstance(data, str) else data
     part = part_path(path)
-    with write_errors(path):
+    with write_errors(path, resumes=False):
         with open(part, "wb") as file:
             file.write(raw)
             file.flush()
@@ -46,13 +46,14 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into a WriteError that says what to do."""
+def write_errors(path: Path, resumes: bool = True) -> Iterator[None]:
+    """Turn an OSError while writing `path` into a WriteError that says what to do; `resumes`: and that it carries on."""
     try:
         yield
     except OSError as error:
         hint = {
-            errno.ENOSPC: "free some space on that disk and run the same command again: it carries on where it stopped",
+            errno.ENOSPC: "free some space on that disk and run the same command again"
+            + (": it carries on where it stopped" if resumes else ""),
             errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
             errno.EFBIG: "a file size limit (ulimit -f) stops it; raise it and run the same command again",
             errno.EROFS: "that file system is read-only; choose another output",

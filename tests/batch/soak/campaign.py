@@ -164,7 +164,8 @@ class Job:
     def note_answers(self) -> None:
         """What the output holds now may have been answered, once, whatever becomes of the line."""
         if self.output.exists():
-            self.seen |= answers_in(self.output)
+            logged = Counter(self.log.read_text().split()) if self.log.exists() else Counter()
+            self.seen |= answers_in(self.output) & logged  # a power cut may have left anything
 
     def tear(self) -> None:
         """A line or a record that a crash cut short, behind what is there."""
@@ -236,7 +237,7 @@ class Job:
             fresh / "out.jsonl", errors, self.in_order, self.was_moved, frozenset(self.gone)
         )  # fmt: skip
         found = invariants.problems(self.output, self.errors, expected)
-        needed = self.seen
+        needed = self.seen | answers_in(self.output)
         self.figures.lost_answers += sum((Counter(self.log.read_text().split()) - needed).values())
         self.figures.allowed_answers += self.allowance
         return found + invariants.answered_too_often(self.log, needed, self.allowance)

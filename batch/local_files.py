@@ -109,7 +109,7 @@ def _parts_below(path: str, root: Path, source: str) -> list[str]:
     """The components of `path` below `root`; an absolute path must begin with it, as given or with links resolved."""
     parts = _components(path)
     if ".." in parts:
-        raise _outside(source, "'..' in the path of")
+        raise _outside(source, "no '..' in a picture's path:")
     if not path.startswith("/"):
         return parts
     for start in (os.path.abspath(root), os.path.realpath(root)):
@@ -129,7 +129,7 @@ def _components(path: str) -> list[str]:
 
 
 def _outside(source: str, what: str = "a place outside the pictures' folder:") -> LineError:
-    return LineError("image_outside_root", f"{what} {shown(source)}; --image-root DIR opens another folder")
+    return LineError("image_outside_root", f"{what} {shown(source)}; with --image-root DIR, paths begin at DIR")
 
 
 def shown(text: str) -> str:

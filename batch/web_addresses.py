@@ -171,4 +171,5 @@ class UrlPolicy:
         if any(rule.port is not None and rule.matches(target) for rule in self.rules):
             return
         if not all(is_public(address) for address in addresses):
-            raise refuse(f"{target.host} is not a public address on the internet")
+            own = "a server of your own is named with its port: --allow-host HOST:PORT"
+            raise refuse(f"{target.host} is not a public address; {own}")

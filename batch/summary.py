@@ -186,7 +186,7 @@ def engine_stats(backend: object) -> dict[str, Any]:
         return {}
     kept = {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
     if "cached_prompt_tokens" in kept:  # here, since several engines' figures may have been added up
-        kept["prefix_cache_hit_rate"] = kept["cached_prompt_tokens"] / max(kept["prompt_tokens"], 1)
+        kept["prefix_cache_hit_rate"] = float(kept["cached_prompt_tokens"]) / max(float(kept["prompt_tokens"]), 1)
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
 
 

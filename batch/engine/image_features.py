@@ -68,19 +68,15 @@ class SequenceImages:
         return int(np.searchsorted(self.bounds[1:], done, side="right"))
 
     def identities(self, first: int, end: int, block_size: int) -> list[bytes]:
-        """Per block first … end - 1: what stands behind its image tokens, as each image's pixel hash and the row of
-        its features that the block begins with."""
+        """Per block first … end - 1: what stands behind its image tokens, as the images' hashes. Which of their rows
+        follows from the blocks before."""
         cuts = np.searchsorted(self.positions, np.arange(first, end + 1) * block_size).tolist()
         return [self._identity(begin, stop) for begin, stop in itertools.pairwise(cuts)]
 
     def _identity(self, first: int, last: int) -> bytes:
         if first == last:
             return b""
-        parts = [
-            self.images[i].digest + max(first - int(self.bounds[i]), 0).to_bytes(8, "little")
-            for i in range(*self._between(first, last))
-        ]
-        return b"".join(parts)
+        return b"".join(self.images[i].digest for i in range(*self._between(first, last)))
 
     def _between(self, first: int, last: int) -> tuple[int, int]:
         """The images that fill rows first … last - 1 of all feature rows, as a range."""

@@ -85,6 +85,15 @@ def test_pool_keeps_what_has_a_key_until_it_is_needed_longest_unused_first():
     assert pool.find([b"a"]) == first[:1]
 
 
+def test_the_beginning_of_what_is_given_back_outlives_its_end():
+    pool = BlockPool(3)
+    blocks = pool.take(3)
+    for block, key in zip(blocks, (b"a", b"b", b"c"), strict=True):
+        pool.publish(block, key)
+    pool.give_back(blocks)
+    assert pool.take(2) == [blocks[2], blocks[1]] and pool.find([b"a", b"b"]) == blocks[:1]
+
+
 def test_pool_frees_a_block_when_its_last_holder_lets_go():
     pool = BlockPool(2)
     blocks = pool.take(1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from batch.engine import sampler
 from batch.engine.logit_rules import LogitRules, apply_rules
 from batch.engine.sampler import sample
 from batch.requests import SamplingParams
@@ -96,6 +97,18 @@ def test_draws_stay_inside_a_mask(fields):
     asked = apply_rules(logits, [rules_of(mask=OnlyThese([allowed], 0)) for _ in range(rows)], [0] * rows)
     tokens = {draw.token for draw in sample(logits, params, [0] * rows, asked)}
     assert tokens <= allowed and len(tokens) > 1
+
+
+def test_the_rest_has_no_chance_outside_a_mask(monkeypatch):
+    """Where rounding leaves the rest a sliver and the noise makes the most of it."""
+    noise = sampler.gumbel_noise
+    monkeypatch.setattr(
+        sampler, "gumbel_noise", lambda keys, ids: noise(keys, ids) + torch.where(ids == 3000, 1000.0, 0.0)
+    )
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(3)) * 8
+    params = [SamplingParams(9, temperature=1.0, seed=i) for i in range(50)]
+    asked = apply_rules(logits, [rules_of(mask=OnlyThese([{17, 999, 2998}], 0)) for _ in range(50)], [0] * 50)
+    assert {draw.token for draw in sample(logits, params, [0] * 50, asked)} <= {17, 999, 2998}
 
 
 def test_logprobs_stay_the_models_own():

@@ -49,6 +49,12 @@ MORE = [
     {"messages": USER, "seed": 5, "frequency_penalty": 0.5, "logit_bias": {"5": -100}, "min_tokens": 1, "id": 12},
     {"messages": USER, "tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False},
     {"prompt": "look", "images": ["a.png", "sub/b.png"], "id": "two"},
+    {
+        "messages": USER,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+    },
+    {"prompt": "x", "structured_outputs": {"regex": "[a-z]+[0-9]?"}},
+    {"prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}},
     {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"input": "x"}},
 ]
 BASES = [*VALID, *MORE]

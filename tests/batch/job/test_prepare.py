@@ -249,6 +249,9 @@ def test_not_waiting_does_not_wait(preparer):
         def waits_for_the_web(self, raw):
             return False
 
+        def close(self):
+            pass
+
     source = PreparingSource(raw_lines(3), Slow(), lambda *a: None, lambda *a: None)
     assert source.take(wait=False) is None
     release.set()

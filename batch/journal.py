@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import struct
 import time
@@ -104,6 +105,12 @@ class Contents:
     header: dict[str, Any]
     records: np.ndarray
     start: int
+    mapped: mmap.mmap | None = None
+
+    def let_go(self) -> None:
+        """Give the pages of the mapped file back; they come again when they are looked at."""
+        if self.mapped is not None:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def num_bytes(self) -> int:
@@ -142,8 +149,12 @@ def read_journal(path: Path) -> Contents | None:
     count = (size - start) // RECORD.itemsize
     if not count:
         return Contents(header, np.empty(0, RECORD), start)
-    records = np.memmap(path, RECORD, "r", start, (count,))  # mapped: a million records are 96 MB
-    return Contents(header, records[: _num_sound(records)], start)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), start + count * RECORD.itemsize, access=mmap.ACCESS_READ)
+    records = np.frombuffer(mapped, RECORD, count, start)  # mapped: a million records are 96 MB
+    contents = Contents(header, records[: _num_sound(records)], start, mapped)
+    contents.let_go()
+    return contents
 
 
 def _num_sound(records: np.ndarray) -> int:

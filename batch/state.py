@@ -7,6 +7,7 @@ loses nothing that was written, and a power cut at most the last group; `docs/re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import zlib
@@ -144,7 +145,7 @@ class RunState:
         if changed:
             raise WriteError(f"{self.paths[0]} was begun by another run: {changed}", hint=FORCE_HINT)
         num_records, self._sizes = self._recover(self._contents)
-        self._contents = Contents(self._contents.header, self._contents.records[:num_records], self._contents.start)
+        self._contents = dataclasses.replace(self._contents, records=self._contents.records[:num_records])
         self.created_s = int(self._contents.header.get("created", self.created_s))
         self._load(self._contents)
 
@@ -187,13 +188,19 @@ class RunState:
         self._line_now = array("Q", bytes(8 * len(places)))
         numbers = np.flatnonzero(counts)
         live = places[numbers]
-        self._keys.extend(records["key"][live])
+        keys = records["key"][live]
+        contents.let_go()
+        self._keys.extend(keys)
+        del keys
         self._key_record.frombytes(numbers.astype(np.uint64).tobytes())
         if not self.options.run_each:
             ids = records["id"][live]
+            contents.let_go()
             has_id = ids.any(axis=1)
-            self._ids.extend(ids[has_id])
-            self._id_owner.frombytes(numbers[has_id].astype(np.int64).tobytes())
+            ids, owners = ids[has_id], numbers[has_id]
+            self._ids.extend(ids)
+            self._id_owner.frombytes(owners.astype(np.int64).tobytes())
+            del ids, owners, has_id
         for code, count in zip(*np.unique(codes[numbers], return_counts=True), strict=True):
             if code:
                 self.totals.errors[code.decode()] += int(count)
@@ -201,6 +208,7 @@ class RunState:
                 self.totals.ok += int(count)
         for name in ("prompt_tokens", "completion_tokens", "images"):
             setattr(self.totals, name, int(records[name][live].sum(dtype=np.uint64)))
+        contents.let_go()
 
     # -- which lines are done
 
@@ -397,6 +405,7 @@ class RunState:
         self.sync()
         if self.journal is None:
             return
+        self._keys, self._ids = KeyTable(), KeyTable()  # no line comes any more: make room
         contents = read_journal(self.journal.path)
         assert contents is not None
         layout = rewrite.plan(contents, self._counts, self._line_now, in_order)

@@ -47,7 +47,7 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path, resumes: bool = True) -> Iterator[None]:
-    """Turn an OSError while writing `path` into a WriteError that says what to do; `resumes`: and that it carries on."""
+    """Turn an OSError while writing `path` into a WriteError with a hint; `resumes`: the same command carries on."""
     try:
         yield
     except OSError as error:

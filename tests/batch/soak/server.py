@@ -65,9 +65,12 @@ def child(order):
     Injector(folder, fault, disk).install()
     sys.argv = ["l4tool", *order["argv"]]
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except SystemExit as end:
         os._exit(end.code)
+    except KeyboardInterrupt:  # it came before the command had begun
+        os._exit(130)
 
 
 def wait_for(pid, order):
@@ -84,6 +87,8 @@ def wait_for(pid, order):
 
 
 def serve():
+    for number in (signal.SIGTERM, signal.SIGINT):  # for the moment between the fork and the command
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     job.run_batch.__defaults__ = (Answering, *job.run_batch.__defaults__[1:])
     for line in sys.stdin:
         order = json.loads(line)
@@ -91,7 +96,6 @@ def serve():
         pid = os.fork()
         if not pid:
             try:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
                 child(order)
             except BaseException:
                 import traceback

@@ -9,6 +9,7 @@ import numpy as np
 
 KEY_BYTES = 16
 _FIRST_SLOTS = 1 << 12
+_CHUNK = 1 << 16  # keys placed at a time
 _WORDS = struct.Struct("<QQ")
 
 
@@ -62,10 +63,17 @@ class KeyTable:
         """Room for `wanted` slots or a little more, and every key put in its place again."""
         self._mask = mask = (1 << (wanted - 1).bit_length()) - 1
         table = np.zeros(mask + 1, np.uint32)
-        waiting = np.arange(len(self), dtype=np.int64)
-        at = (
-            (np.frombuffer(self._words, np.uint64)[::2] & np.uint64(mask)).astype(np.int64) if waiting.size else waiting
-        )
+        for first in range(0, len(self), _CHUNK):
+            self._place(table, first)
+        self._slots = array("I")
+        self._slots.frombytes(table.tobytes())
+
+    def _place(self, table: np.ndarray, start: int) -> None:
+        """Put some keys, from number `start` on, into the table."""
+        waiting = np.arange(start, min(start + _CHUNK, len(self)), dtype=np.int64)
+        lows = np.frombuffer(self._words, np.uint64)[2 * start : 2 * start + 2 * len(waiting) : 2]
+        mask = self._mask
+        at = (lows & np.uint64(mask)).astype(np.int64)
         while waiting.size:  # each round: one key into every free slot that some key asks for, the others move on
             asked = np.flatnonzero(table[at] == 0)
             _, first = np.unique(at[asked], return_index=True)
@@ -74,5 +82,3 @@ class KeyTable:
             left = np.ones(waiting.size, bool)
             left[placed] = False
             waiting, at = waiting[left], (at[left] + 1) & mask
-        self._slots = array("I")
-        self._slots.frombytes(table.tobytes())

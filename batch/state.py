@@ -201,11 +201,10 @@ class RunState:
             self._ids.extend(ids)
             self._id_owner.frombytes(owners.astype(np.int64).tobytes())
             del ids, owners, has_id
-        for code, count in zip(*np.unique(codes[numbers], return_counts=True), strict=True):
-            if code:
-                self.totals.errors[code.decode()] += int(count)
-            else:
-                self.totals.ok += int(count)
+        bad = codes[numbers[codes[numbers] != b""]]
+        for code, count in zip(*np.unique(bad, return_counts=True), strict=True):
+            self.totals.errors[code.decode()] += int(count)
+        self.totals.ok = len(numbers) - len(bad)
         for name in ("prompt_tokens", "completion_tokens", "images"):
             setattr(self.totals, name, int(records[name][live].sum(dtype=np.uint64)))
         contents.let_go()

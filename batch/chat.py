@@ -71,9 +71,10 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, tokens_per_tile: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
-        self.has_template = template is not None
+        source = DEFAULT_TEMPLATE if template is None else template
+        self._knows = {word for word in ("tools", "tool_calls") if re.search(rf"\b{word}\b", source)}
         try:
-            self._renderer = make_renderer(DEFAULT_TEMPLATE if template is None else template, datetime.now())
+            self._renderer = make_renderer(source, datetime.now())
         except TemplateFailure as error:
             raise CheckpointError(f"the chat template is not valid: {error}") from None
         self._risky = _risky_pattern(tokenizer)
@@ -125,8 +126,12 @@ class ChatFormat:
 
     def render(self, turns: Sequence[Turn], breaker: str, tools: Sequence[dict[str, Any]] = ()) -> str:
         """The template's text, with `breaker` inside every special token that user text spells. Raises LineError."""
-        if tools and not self.has_template:
-            raise LineError("template_error", "this checkpoint has no chat template to tell it of tools")
+        asked = {"tools"} if tools else set()
+        asked |= {"tool_calls"} if any(turn.tool_calls for turn in turns) else set()
+        if asked - self._knows:  # it would leave them out without a word
+            raise LineError(
+                "template_error", f"the checkpoint's chat template has no place for {min(asked - self._knows)}"
+            )
         messages = [self._message(turn, breaker) for turn in turns]
         text_chars = sum(len(text) for text in _texts(turns, tools))
         variables = {

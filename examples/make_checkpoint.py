@@ -48,6 +48,13 @@ SPLIT = "|".join(
     ]
 )
 CHAT_TEMPLATE = r"""{{- bos_token }}
+{%- if tools %}
+{{- '<|header_start|>system<|header_end|>\n\nFunctions:' }}
+{%- for tool in tools %}
+{{- '\n' }}{{- tool | tojson }}
+{%- endfor %}
+{{- '<|eot|>' }}
+{%- endif %}
 {%- for message in messages %}
 {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
 {{- '<|header_start|>' + role + '<|header_end|>\n\n' }}
@@ -62,6 +69,9 @@ CHAT_TEMPLATE = r"""{{- bos_token }}
 {%- endif %}
 {%- endfor %}
 {%- endif %}
+{%- for call in message['tool_calls'] or [] %}
+{{- call['function'] | tojson }}
+{%- endfor %}
 {{- '<|eom|>' if role == 'ipython' else '<|eot|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}

@@ -94,8 +94,17 @@ def test_without_a_template_calls_and_results_are_metas(tokenizer, meta_chat_for
     turns = [Turn("user", ("go",)), Turn("assistant", (), None, calls), Turn("tool", ("done",), None, (), "c")]
     assert tokenizer.decode(ours.encode(turns, []), False) == tokenizer.decode(expected, False)
     assert ours.encode(turns, []).count(tokenizer.control_id("<|eom|>")) == 2
-    with pytest.raises(LineError, match="no chat template to tell it of tools"):
+    with pytest.raises(LineError, match="no place for tools"):
         ours.encode(turns, [], [WEATHER])
+
+
+def test_a_template_that_knows_no_tools_is_not_silent(tokenizer):
+    plain = ChatFormat(tokenizer, "{% for message in messages %}{{ message.content }}{% endfor %}")
+    with pytest.raises(LineError, match="no place for tools"):
+        encoded(plain, [USER], tools=[WEATHER])
+    with pytest.raises(LineError, match="no place for tool_calls"):
+        encoded(plain, HISTORY)
+    assert encoded(plain, [USER])
 
 
 def test_special_tokens_in_tools_and_calls_stay_text(chat, tokenizer):

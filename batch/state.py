@@ -145,6 +145,7 @@ class RunState:
         if changed:
             raise WriteError(f"{self.paths[0]} was begun by another run: {changed}", hint=FORCE_HINT)
         num_records, self._sizes = self._recover(self._contents)
+        self._contents.let_go()
         self._contents = dataclasses.replace(self._contents, records=self._contents.records[:num_records])
         self.created_s = int(self._contents.header.get("created", self.created_s))
         self._load(self._contents)
@@ -292,6 +293,7 @@ class RunState:
                 )
             else:
                 self.journal.carry_on(self._contents)
+                self._contents.let_go()
                 if self.is_complete:  # from now on a longer output is a torn one, not somebody's change
                     self.journal.append(
                         pack_other(Kind.SYNCED, line=sizes[1] if len(sizes) > 1 else 0, offset=sizes[0])

@@ -129,12 +129,13 @@ class Summary:
         rows += [
             ("tokens in", f"{self.prompt_tokens:,}"),
             ("tokens out", f"{self.completion_tokens:,}"),
-            ("prefix cache hits", f"{self.engine.get('prefix_cache_hit_rate', 0):.0%}"),
             ("loading the model", format_duration(self.load_seconds)),
             ("running", format_duration(self.seconds)),
             ("tokens in per second", f"{self.rate('prompt_tokens'):,.1f}"),
             ("tokens out per second", f"{self.rate('completion_tokens'):,.1f}"),
         ]
+        if "prefix_cache_hit_rate" in self.engine:
+            rows.append(("prefix cache hits", f"{self.engine['prefix_cache_hit_rate']:.0%}"))
         return table(rows)
 
     def as_json(self) -> dict[str, Any]:

@@ -189,25 +189,24 @@ class RunState:
         self._line_now = array("Q", bytes(8 * len(places)))
         numbers = np.flatnonzero(counts)
         live = places[numbers]
-        keys = records["key"][live]
-        contents.let_go()
-        self._keys.extend(keys)
-        del keys
-        self._key_record.frombytes(numbers.astype(np.uint64).tobytes())
-        if not self.options.run_each:
-            ids = records["id"][live]
-            contents.let_go()
-            has_id = ids.any(axis=1)
-            ids, owners = ids[has_id], numbers[has_id]
-            self._ids.extend(ids)
-            self._id_owner.frombytes(owners.astype(np.int64).tobytes())
-            del ids, owners, has_id
         bad = codes[numbers[codes[numbers] != b""]]
         for code, count in zip(*np.unique(bad, return_counts=True), strict=True):
             self.totals.errors[code.decode()] += int(count)
         self.totals.ok = len(numbers) - len(bad)
         for name in ("prompt_tokens", "completion_tokens", "images"):
             setattr(self.totals, name, int(records[name][live].sum(dtype=np.uint64)))
+        del codes
+        self._key_record.frombytes(numbers.astype(np.uint64).tobytes())
+        keys = records["key"][live]
+        contents.let_go()
+        self._keys.extend(keys)
+        del keys
+        if not self.options.run_each:
+            ids = records["id"][live]
+            contents.let_go()
+            has_id = ids.any(axis=1)
+            self._id_owner.frombytes(numbers[has_id].astype(np.int64).tobytes())
+            self._ids.extend(ids if has_id.all() else ids[has_id])
         contents.let_go()
 
     # -- which lines are done

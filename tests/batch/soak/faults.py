@@ -83,9 +83,12 @@ class Disk:
     def power_cut(self, draw: random.Random) -> None:
         """Leave in the folder what a disk might hold; that is durable then."""
         now = {p.name: p.stat().st_ino for p in self.folder.iterdir() if p.is_file()}
-        before, found = self.names(), {}
+        before, found, chosen = self.names(), {}, {}
         for name in {**before, **now}:
-            inode = draw.choice([before.get(name), now.get(name)])
+            place = name.removesuffix(".part")  # a rename changes both of its names or none, on every file system
+            if place not in chosen:
+                chosen[place] = draw.choice([before, now])
+            inode = chosen[place].get(name)
             if inode is not None:
                 found[name] = self._mixed(inode, now, draw)
         for name in now:

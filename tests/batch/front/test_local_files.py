@@ -179,3 +179,23 @@ def shared_root(tmp_path_factory):
     for name, target in targets.items():
         (root / name).symlink_to(target)
     return root
+
+
+@pytest.mark.parametrize(("name", "target"), [("swap", "../other"), ("s.png", "../../s.png")])
+def test_a_link_put_there_between_looking_and_opening(root, monkeypatch, name, target):
+    (root / "swap").mkdir()
+    (root / "swap/s.png").write_bytes(INSIDE)
+    place = root / name if name == "swap" else root / "swap" / name
+    real = os.stat
+
+    def stat_then_swap(path, *args, **options):
+        status = real(path, *args, **options)
+        if path == name and options.get("dir_fd") is not None:
+            place.rename(root / "aside")
+            place.symlink_to(target)
+        return status
+
+    monkeypatch.setattr(os, "stat", stat_then_swap)
+    with pytest.raises(LineError) as caught:
+        read_file("swap/s.png", root)
+    assert caught.value.code == "image_not_found"

@@ -385,3 +385,15 @@ def test_a_crash_while_the_output_is_put_in_order(job, step, monkeypatch):
     summary = run_batch(options, no_backend)
     assert summary.ok == 30 and [line["id"] for line in job.lines] == list(range(30))
     assert not list(job.target.parent.glob("*.part"))
+
+
+def test_what_a_killed_run_left_is_synced_by_the_next_one(job, monkeypatch):
+    """Its marker covers the error file too, though this run writes only answers."""
+    errors = job.target.with_name("errors")
+    job.write([*(b"bad %d" % i for i in range(5)), *many(10)])
+    job.interrupt(after=2, errors=errors)
+    synced = set()
+    real = os.fdatasync
+    monkeypatch.setattr("os.fdatasync", lambda fd: (synced.add(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+    assert job.run(errors=errors).ok == 10
+    assert {str(errors), str(job.target), str(journal_path(job.target))} <= synced

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from batch import rewrite
+from batch.first_look import FirstLook
 from batch.journal import NO_KEY, Contents, Journal, Kind, ResultRecord, journal_path, pack_other, read_journal
 from batch.jsonl import RawLine
 from batch.key_table import KeyTable
 from batch.line_keys import LineKeys
 from batch.output import OutputFile
+from batch.recovery import FORCE_HINT, difference, recover
 from l4tool.core.atomic import fsync_dir, write_errors
-from l4tool.core.errors import L4Error, WriteError
+from l4tool.core.errors import WriteError
 
-FORCE_HINT = "give the same options as before, choose another output, or --force to start over"
-AGAIN_HINT = "run the same command again when nobody writes to it"
 THIS_RUN = -1
 
 
@@ -62,29 +62,6 @@ class Totals:
         return self.ok + sum(self.errors.values())
 
 
-@dataclass
-class _Met:
-    """What a first look at the lines found, line by line; `keys` (16 bytes each) and `checks` only of wanted ones."""
-
-    is_wanted: bytearray = field(default_factory=bytearray)
-    keys: bytearray = field(default_factory=bytearray)
-    checks: array[int] = field(default_factory=lambda: array("I"))
-
-    def wanted(self, lines: Iterator[RawLine]) -> Iterator[tuple[RawLine, bytes]]:
-        """The wanted ones among these same lines, each with its key. Raises InputChanged."""
-        number = 0
-        for is_wanted, raw in zip(self.is_wanted, lines, strict=False):
-            if is_wanted:
-                if zlib.crc32(raw.data) != self.checks[number]:
-                    raise InputChanged(f"line {raw.number} of the input changed while it was read", hint=AGAIN_HINT)
-                yield raw, bytes(self.keys[16 * number : 16 * number + 16])
-                number += 1
-
-
-class InputChanged(L4Error):
-    """Two looks at the input saw different lines."""
-
-
 class RunState:
     """Opening locks, recovers and compares, and changes nothing yet but the repair of a torn end; `start` begins.
 
@@ -95,7 +72,7 @@ class RunState:
         self.options = options
         self.paths = [output] if errors is None else [output, errors]
         self.totals = Totals()
-        self._met = _Met()
+        self._met = FirstLook()
         self.created_s = int(time.time())
         self._job = job
         self._keys, self._key_record = KeyTable(), array("Q")
@@ -144,40 +121,12 @@ class RunState:
         changed = difference(self._contents.header.get("job") or {}, self._job)
         if changed:
             raise WriteError(f"{self.paths[0]} was begun by another run: {changed}", hint=FORCE_HINT)
-        num_records, self._sizes = self._recover(self._contents)
+        found = recover(self.files, self._contents)
+        self._sizes, self._since_sync = found.sizes, found.num_unsynced  # what a killed run left is at risk still
         self._contents.let_go()
-        self._contents = dataclasses.replace(self._contents, records=self._contents.records[:num_records])
+        self._contents = dataclasses.replace(self._contents, records=self._contents.records[: found.num_records])
         self.created_s = int(self._contents.header.get("created", self.created_s))
         self._load(self._contents)
-
-    def _recover(self, contents: Contents) -> tuple[int, list[int]]:
-        """(records that hold, bytes of every file that hold): all up to the last sync, and what matches behind it."""
-        records = contents.records
-        synced = np.flatnonzero(records["kind"] == Kind.SYNCED)
-        good = int(synced[-1]) + 1 if len(synced) else 0
-        sizes = [int(records[good - 1]["offset"]), int(records[good - 1]["line"])] if good else [0, 0]
-        for file, size in zip(self.files, sizes, strict=False):
-            if file.found_bytes() < size:
-                raise WriteError(
-                    f"{file.path} is shorter than its journal says: it was changed, moved or removed since",
-                    hint="bring it back, or --force to start over",
-                )
-        for place in range(good, len(records)):
-            record = records[place]
-            if record["kind"] == Kind.RESULT:
-                number, length = int(record["file"]), int(record["length"])
-                if number >= len(self.files) or int(record["offset"]) != sizes[number]:
-                    break
-                if zlib.crc32(self.files[number].read(sizes[number], length)) != record["crc"]:
-                    break
-                sizes[number] += length
-            if record["kind"] != Kind.REPLACED:  # it belongs to the result behind it
-                good = place + 1
-        if good and records[good - 1]["kind"] == Kind.END:
-            for file, size in zip(self.files, sizes, strict=False):
-                if file.found_bytes() != size:
-                    raise WriteError(f"{file.path} was changed since its run ended", hint=FORCE_HINT)
-        return good, sizes
 
     def _load(self, contents: Contents) -> None:
         records = contents.records
@@ -230,7 +179,7 @@ class RunState:
     def meet(self, lines: Iterable[RawLine], keys: LineKeys) -> int:
         """Look at a whole input beforehand, so that a changed line can be told from a repeated id; counts lines.
         `wanted` then takes the same `keys`, and makes none of them again."""
-        self._met = met = _Met()
+        self._met = met = FirstLook()
         for raw in lines:
             key = keys.key(raw)
             is_wanted = key is not None and self._is_wanted(key, raw.number)
@@ -434,9 +383,3 @@ class RunState:
                 if not self._is_started and self._is_new_journal:
                     self.journal.path.unlink(missing_ok=True)
                 self.journal.close()
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What changed between two jobs' facts, in words; "" when nothing did."""
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])

@@ -128,9 +128,10 @@ def test_75(files, scout_tiny):
 
 def test_a_file_that_changes_while_it_is_read(files, scout_tiny):
     """The first look and the second must see the same lines, or a line would be put on record under another's name."""
+    from batch.first_look import InputChanged
     from batch.jsonl import LineReader
     from batch.line_keys import LineKeys
-    from batch.state import InputChanged, RunState, StateOptions
+    from batch.state import RunState, StateOptions
 
     state = RunState(files[1], None, {}, StateOptions())
     keys = LineKeys(files[0].parent)

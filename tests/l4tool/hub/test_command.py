@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def run(server, tmp_path):
         env = clean | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "XDG_CONFIG_HOME": str(tmp_path)}
         command = [sys.executable, "-m", "l4tool.main", "fetch", *map(str, arguments)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, env=env | variables, **pipes)
+        # a suite that runs in the background has SIGINT ignored, and its children inherit that
+        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=ROOT, env=env | variables, preexec_fn=listen, **pipes)
         if start:
             return process
         process.out, process.err = process.communicate(variables.pop("stdin_text", ""), timeout=60)

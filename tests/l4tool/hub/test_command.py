@@ -27,7 +27,7 @@ def run(server, tmp_path):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         # a suite that runs in the background has SIGINT ignored, and its children inherit that
         listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, cwd=ROOT, env=env | variables, preexec_fn=listen, **pipes)
+        process = subprocess.Popen(command, cwd=ROOT, env=env | variables, preexec_fn=listen, **pipes)  # noqa: PLW1509
         if start:
             return process
         process.out, process.err = process.communicate(variables.pop("stdin_text", ""), timeout=60)

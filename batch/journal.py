@@ -188,7 +188,7 @@ class Journal:
         with write_errors(self.path):
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-            self._write_whole(_head(header))
+            self.append(_head(header))
             os.fsync(self._fd)
         self.num_results = 0
 
@@ -200,18 +200,15 @@ class Journal:
         self.num_results = int((contents.records["kind"] == Kind.RESULT).sum())
 
     def append(self, packed: bytes) -> None:
-        """One or more packed records, whole or not at all."""
-        with write_errors(self.path):
-            self._write_whole(packed)
-
-    def _write_whole(self, data: bytes) -> None:
-        view = memoryview(data)
+        """One or more packed records (or the head), whole or not at all."""
+        view = memoryview(packed)
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
-        except OSError:
-            self.take_back(len(data) - len(view))
-            raise
+        except OSError as error:
+            self.take_back(len(packed) - len(view))
+            with write_errors(self.path):  # entered only now: this is the hot path
+                raise error
 
     def take_back(self, num_bytes: int) -> bool:
         """Cut off the last `num_bytes` again: their line could not be written. False where that cannot be done."""

@@ -37,12 +37,13 @@ class KeyTable:
         number = self._slots[slot]
         if number:
             return number - 1, False
-        self._words.append(low)
-        self._words.append(high)
-        self._slots[slot] = len(self)
-        if 2 * len(self) > self._mask:
-            self._resize(4 * len(self))
-        return len(self) - 1, True
+        words = self._words
+        words.append(low)
+        words.append(high)
+        self._slots[slot] = count = len(words) // 2
+        if 2 * count > self._mask:
+            self._resize(4 * count)
+        return count - 1, True
 
     def extend(self, keys: np.ndarray) -> None:
         """Add many different new keys at once: uint64 [count, 2]."""

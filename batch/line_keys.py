@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _ELSEWHERE = ("data:", "http:", "https:")
 MAX_SHARDS = 100_000
 
 
+@functools.lru_cache(maxsize=4096, typed=True)  # asked for when a line is taken and when it is answered
 def id_key(line_id: str | int) -> bytes:
     """A line's id as 16 bytes; 1 and "1" differ."""
     return hashlib.blake2b(repr(line_id).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()

@@ -79,8 +79,8 @@ def measure(source: Path, output: Path, model: Path) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def compare(lines: int, model: Path, folder: Path) -> None:
-    for kind in ("token ids", "chat"):
+def compare(lines: int, kinds: list[str], model: Path, folder: Path) -> None:
+    for kind in kinds:
         source, output = folder / "in.jsonl", folder / f"{kind[:4].strip()}.jsonl"
         with open(source, "w") as file:
             file.writelines(line(number, kind) for number in range(lines))
@@ -96,6 +96,7 @@ def compare(lines: int, model: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lines", type=int, default=1_000_000)
+    parser.add_argument("--kinds", nargs="+", default=["token ids", "chat"], choices=["token ids", "chat"])
     parser.add_argument("--model", type=Path, help="a checkpoint folder; made when not given")
     parser.add_argument("--one", nargs=3, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -108,7 +109,7 @@ def main() -> None:
             from tests import checkpoints
 
             model = checkpoints.make(Path(folder) / "model")
-        compare(options.lines, model, Path(folder))
+        compare(options.lines, options.kinds, model, Path(folder))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ class PreparingSource:
         self._claim, self._is_stopping = claim, is_stopping
         self._budget_bytes = image_budget_bytes
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+        # Quick lines hold the interpreter's lock: a second thread would only get in the way.
+        self._quick_pool = ThreadPoolExecutor(1, thread_name_prefix="prepare-quick")
         # Lines that wait for the web have threads of their own: those on this machine are prepared meanwhile.
         self._web_pool = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="prepare-web")
         self._queue: deque[Future[list[Prepared]]] = deque()
@@ -243,9 +245,10 @@ class PreparingSource:
                 self._ready.extend(self._queue.popleft().result())
             prepared = self._ready.popleft()
             with self._changed:
-                self._held.pop(self._head, None)
                 self._head += 1
-                self._changed.notify_all()
+                if self._held:  # else nobody waits for room
+                    self._held.pop(self._head - 1, None)
+                    self._changed.notify_all()
             clash = self._claim(prepared.info)
             if prepared.request is not None and clash is None:
                 self._on_request(prepared.info, prepared.request)
@@ -261,15 +264,19 @@ class PreparingSource:
             self._is_closed = True
             self._changed.notify_all()
         self._preparer.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._web_pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._quick_pool, self._pool, self._web_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
 
     def _fill(self) -> None:
         while self._submitted - self._head < MAX_AHEAD and (group := self._group()):
-            pool = self._web_pool if self._preparer.waits_for_the_web(group[0]) else self._pool
-            self._queue.append(pool.submit(self._prepare, self._submitted, group))
+            self._queue.append(self._pool_for(group[0]).submit(self._prepare, self._submitted, group))
             self._submitted += len(group)
+
+    def _pool_for(self, raw: RawLine) -> ThreadPoolExecutor:
+        if _is_quick(raw):
+            return self._quick_pool
+        return self._web_pool if self._preparer.waits_for_the_web(raw) else self._pool
 
     def _group(self) -> list[RawLine]:
         """The next line, or several quick ones; none at the end."""

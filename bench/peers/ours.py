@@ -61,7 +61,7 @@ def main() -> None:
     job = read_job()
     torch.set_num_threads(job["threads"])
     folder = Path(job["checkpoint"])
-    options = EmbeddedOptions(dtype="bfloat16", max_batch_tokens=job.get("max_batch_tokens"))
+    options = EmbeddedOptions(dtype="bfloat16", max_batch_tokens=job.get("max_batch_tokens"), prefix_cache=False)
     with Timed() as loading:
         backend = EmbeddedBackend(folder, Tokenizer.load(folder), options, eos_token_ids=())
     prompts, new_tokens = job["prompts"], job["new_tokens"]

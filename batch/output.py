@@ -36,7 +36,7 @@ class OutputFile:
     def start(self, keep_bytes: int = 0) -> None:
         """Cut the file to its first `keep_bytes`: the next line comes now."""
         self.size = keep_bytes
-        self._is_changed = bool(keep_bytes)  # a killed run may have written the end of it, and never synced
+        self._is_changed = True  # by a killed run that never synced its end, or by the cut below
         if self.is_regular:
             try:
                 os.ftruncate(self._fd, keep_bytes)

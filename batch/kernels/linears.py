@@ -1,6 +1,9 @@
-"""The weight of a linear layer as it lies in memory: dense, INT4 groups, FP8 channels, or several stacked by rows.
+"""The weight of a linear layer as it lies in memory: dense, INT4 groups, FP8 channels, or several stacked by rows; and,
+for the CPU's bfloat16 kernels, dense and INT4 weights packed in panels.
 
 Legend: N out features, K in features, G group size. Every weight is [out, in]; y = x · weightᵀ, no bias.
+A panel holds 32 out features ("columns"), P = N / 32. Gated weights interleave gate and up: columns 0 … 15 of panel p
+are rows 16p … of gate, 16 … 31 the same rows of up, so that one register tile ends in silu(gate) · up.
 """
 
 from __future__ import annotations
@@ -8,6 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+PANEL = 32  # columns
+HALF = PANEL // 2
+PANEL_GROUP = 128  # k per scale of an INT4 panel
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +99,77 @@ class FusedLinear:
         return tuple(tensor for part in self.parts for tensor in part.tensors())
 
 
-Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear
+@dataclass(frozen=True, eq=False)
+class PanelLinear:
+    """words int32 [P, K/2, 32]: word [p, j, c] is column c of panel p at k = 2j (low half) and 2j + 1, bfloat16."""
+
+    words: torch.Tensor
+    gated: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0] * PANEL
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * 2
+
+    def addresses(self) -> tuple[int, int]:
+        """Of the words, and 0 for the scales that there are none of."""
+        return self.words.data_ptr(), 0
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.words,)
+
+    def dense(self) -> torch.Tensor:
+        """The weight bfloat16 [N, K], gate rows first."""
+        pairs = self.words.view(torch.bfloat16).view(*self.words.shape, 2)  # [P, K/2, 32, 2]
+        return _rows_in_order(pairs.transpose(1, 2).flatten(2), self.gated)
+
+
+@dataclass(frozen=True, eq=False)
+class PanelInt4Linear:
+    """words int32 [P, K/8, 32]: bits 4(4h + i) of word [p, j, c] hold q + 8 of column c at k = 8j + 2i + h.
+
+    scale bfloat16 [P, K/128, 32]; weight = q · scale.
+    """
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    gated: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0] * PANEL
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * 8
+
+    def addresses(self) -> tuple[int, int]:
+        """Of the words and of the scales."""
+        return self.words.data_ptr(), self.scale.data_ptr()
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.words, self.scale)
+
+    def dense(self) -> torch.Tensor:
+        """The weight bfloat16 [N, K], gate rows first, each q · scale rounded as `reference.dequantize_int4` does."""
+        shifts = torch.tensor([4 * (4 * h + i) for i in range(4) for h in (0, 1)], dtype=torch.int32)
+        q = ((self.words[..., None] >> shifts) & 15) - 8  # [P, K/8, 32, 8]
+        q = q.transpose(1, 2).reshape(q.shape[0], PANEL, -1, PANEL_GROUP)  # [P, 32, K/128, 128]
+        weight = q.to(torch.bfloat16) * self.scale.transpose(1, 2)[..., None]
+        return _rows_in_order(weight.flatten(2), self.gated)
+
+
+def _rows_in_order(panels: torch.Tensor, gated: bool) -> torch.Tensor:
+    """[P, 32, K] → [N, K]."""
+    if not gated:
+        return panels.flatten(0, 1)
+    return torch.cat([panels[:, :HALF].flatten(0, 1), panels[:, HALF:].flatten(0, 1)])
+
+
+Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear | PanelLinear | PanelInt4Linear
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels.linears import (
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
 from batch.kernels.paging import PagedBatch
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
@@ -164,6 +173,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
         return F.linear(x, weight.weight)
     if isinstance(weight, Int4Linear):
         return F.linear(x, dequantize_int4(weight, x.dtype))
+    if isinstance(weight, PanelLinear | PanelInt4Linear):
+        return F.linear(x, weight.dense().to(x.dtype))
     if isinstance(weight, Fp8Linear):
         return fp8_linear(x, weight, weight.weight.to(x.dtype))
     assert isinstance(weight, FusedLinear)

@@ -1,8 +1,9 @@
 """Weights of the model in memory, and loading them through a Reader.
 
-Dense weights are copied once into the orientation the kernels want ([out, in], q/k/v and gate/up joined, experts of a
-layer in one tensor), and the file's pages are let go as they are copied: the peak is the weights plus one layer.
-Quantized weights stay where the Reader maps them (CPU) or go to the device as they are stored; nothing is expanded.
+Weights are copied once into the form the kernels want (q/k/v and gate/up joined, experts of a layer in one tensor):
+dense and INT4 ones in panels where this CPU has the kernels for it, else dense ones as [out, in]. The file's pages are
+let go as they are copied: the peak is the weights plus one layer. Other quantized weights stay where the Reader maps
+them (CPU) or go to the device as they are stored; nothing is expanded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from typing import Any
 
 import torch
 
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels import ops
+from batch.kernels.linears import (
+    PANEL,
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
 from l4tool.core.errors import CheckpointError
@@ -65,6 +77,7 @@ class Loader:
 
     def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype) -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
+        self.packer = ops.packer(device, dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A private, contiguous copy; the file's pages are released."""
@@ -74,34 +87,63 @@ class Loader:
         self.reader.release(name)
         return copy
 
-    def linear(self, *prefixes: str) -> Linear:
-        """One linear, or several over the same input with their outputs in order. Raises CheckpointError."""
-        formats = [self.reader.linear_format(prefix) for prefix in prefixes]
-        if any(formats):
-            parts = tuple(self._part(prefix) for prefix in prefixes)
-            return parts[0] if len(parts) == 1 else FusedLinear(parts)
-        sources = [self.reader.read(f"{prefix}.weight") for prefix in prefixes]
-        rows = sum(source.shape[0] for source in sources)
-        joined = torch.empty((rows, sources[0].shape[1]), dtype=self.dtype, device=self.device)
-        self._fill(joined, prefixes)
-        return DenseLinear(joined)
+    def linear(self, *prefixes: str, gated: bool = False) -> Linear:
+        """One linear, or several over the same input with their outputs in order. Raises CheckpointError.
+
+        gated: they are gate and up, whose outputs nobody but `ops.mlp` and `ops.moe` needs.
+        """
+        return self._bank([list(prefixes)], gated)[0]
 
     def experts(self, base: str, num_experts: int) -> Experts:
         """The routed experts under `base` ("….experts."), dense ones as views of one tensor per projection."""
         names = [[f"{base}{e}.gate_proj", f"{base}{e}.up_proj"] for e in range(num_experts)]
         downs = [[f"{base}{e}.down_proj"] for e in range(num_experts)]
-        return Experts(self._expert_bank(names), self._expert_bank(downs))
+        return Experts(self._bank(names, gated=True), self._bank(downs, gated=False))
 
-    def _expert_bank(self, names: list[list[str]]) -> tuple[Linear, ...]:
-        if any(self.reader.linear_format(prefix) for group in names for prefix in group):
-            return tuple(self.linear(*group) for group in names)
+    def _bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
+        """Linears of the same shape, each of one or more joined by their outputs."""
+        forms = [self.reader.linear_format(prefix) for group in names for prefix in group]
+        if all(form is None for form in forms):
+            return self._dense_bank(names, gated)
+        form = forms[0]
+        if self.packer is not None and form is not None and form.kind == "int4" and forms.count(form) == len(forms):
+            packed = [self._int4_panels(group, form.group_size, gated) for group in names]
+            whole = [part for part in packed if part is not None]
+            if len(whole) == len(names):
+                return tuple(whole)
+        joined = [tuple(self._part(prefix) for prefix in group) for group in names]
+        return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
+
+    def _dense_bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
         infos = self.reader.tensors()
-        rows = sum(infos[f"{prefix}.weight"].shape[0] for prefix in names[0])
-        columns = infos[f"{names[0][0]}.weight"].shape[1]
-        bank = torch.empty((len(names), rows, columns), dtype=self.dtype, device=self.device)  # [E, N, K]
-        for expert, group in enumerate(names):
-            self._fill(bank[expert], group)
+        shapes = [infos[f"{prefix}.weight"].shape for prefix in names[0]]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        if self.packer is not None and self.packer.packs(rows, columns, gated):
+            words = torch.empty((len(names), sum(rows) // PANEL, columns // 2, PANEL), dtype=torch.int32)
+            return tuple(self._dense_panels(group, gated, out) for group, out in zip(names, words, strict=True))
+        bank = torch.empty((len(names), sum(rows), columns), dtype=self.dtype, device=self.device)  # [E, N, K]
+        for joined, group in zip(bank, names, strict=True):
+            self._fill(joined, group)
         return tuple(DenseLinear(weight) for weight in bank.unbind(0))
+
+    def _dense_panels(self, prefixes: list[str], gated: bool, out: torch.Tensor) -> PanelLinear:
+        sources = [self.reader.read(f"{prefix}.weight").to(self.dtype) for prefix in prefixes]
+        packed: PanelLinear = self.packer.pack_dense(sources, gated, out)
+        for prefix in prefixes:
+            self.reader.release(f"{prefix}.weight")
+        return packed
+
+    def _int4_panels(self, prefixes: list[str], group_size: int | None, gated: bool) -> PanelInt4Linear | None:
+        """None where the shapes are not whole panels."""
+        packed = [self.reader.read(f"{prefix}.weight_packed") for prefix in prefixes]
+        rows, columns = [part.shape[0] for part in packed], packed[0].shape[1] * 8
+        if not self.packer.packs(rows, columns, gated, group_size or 0):
+            return None
+        scales = [self.reader.read(f"{prefix}.weight_scale").to(torch.bfloat16) for prefix in prefixes]
+        joined: PanelInt4Linear = self.packer.pack_int4(packed, scales, gated)
+        for prefix in prefixes:
+            self.reader.release(f"{prefix}.weight_packed")
+        return joined
 
     def _fill(self, joined: torch.Tensor, prefixes: tuple[str, ...] | list[str]) -> None:
         row = 0
@@ -153,12 +195,12 @@ def _load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
         weights = MoeWeights(
             router=loader.linear(feed_forward + "router"),
             experts=loader.experts(feed_forward + "experts.", arch.num_experts),
-            shared_gate_up=loader.linear(shared + "gate_proj", shared + "up_proj"),
+            shared_gate_up=loader.linear(shared + "gate_proj", shared + "up_proj", gated=True),
             shared_down=loader.linear(shared + "down_proj"),
         )
     else:
         weights = MlpWeights(
-            gate_up=loader.linear(feed_forward + "gate_proj", feed_forward + "up_proj"),
+            gate_up=loader.linear(feed_forward + "gate_proj", feed_forward + "up_proj", gated=True),
             down=loader.linear(feed_forward + "down_proj"),
         )
     return LayerWeights(

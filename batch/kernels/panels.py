@@ -1,0 +1,148 @@
+"""Packing weights in panels (linears.py has the layout) for the CPU's bfloat16 kernels.
+
+Legend: N out features (gate and up together), K in features, P = N / 32 panels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from batch.kernels import parallel
+from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
+from batch.kernels.simd import elements_at, jit, take_item
+
+MIN_K = 32  # bfloat16 k in whole cache lines
+PAIRS_PER_ITEM = 16
+_I64, _U32, _U16 = np.int64(0), np.uint32(0), np.uint16(0)
+
+
+@jit
+def _half_source(p: Any, half: Any, table: Any, gated: Any) -> Any:
+    """(part, first row in it) of the 16 columns `half` of panel p; table: rows of the parts, added up."""
+    if gated:
+        return half, p * HALF
+    row, part = p * PANEL + half * HALF, 0
+    while row >= table[part + 1]:
+        part += 1
+    return part, row - table[part]
+
+
+@parallel.Kernel
+def _pack_rows(job: Any) -> None:
+    """Sources are [rows, K] with neighbouring k in neighbouring words: `words` of 4 bytes a row."""
+    args = elements_at(job, _I64)
+    items, words, out = args[1], args[2], elements_at(args[3], _U32)
+    sources, ends, gated, int4 = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7] != 0
+    block = np.empty(HALF * 16, np.uint32)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        p, half = item // 2, item % 2
+        part, row = _half_source(p, half, ends, gated)
+        stride = sources[2 * part + 1]
+        base = sources[2 * part] + row * stride
+        target = p * words * PANEL + half * HALF
+        for j in range(0, words, 16):
+            count = min(16, words - j)
+            for c in range(HALF):
+                source = elements_at(base + c * stride + 4 * j, _U32)
+                for i in range(count):
+                    block[i * HALF + c] = source[i]
+            if int4:
+                for i in range(count * HALF):
+                    block[i] = _reorder_nibbles(block[i])
+            for i in range(count):
+                to = target + (j + i) * PANEL
+                for c in range(HALF):
+                    out[to + c] = block[i * HALF + c]
+
+
+@jit
+def _reorder_nibbles(word: Any) -> Any:
+    """Nibble 2i + h goes to 4h + i."""
+    even, odd = word & np.uint32(0x0F0F0F0F), (word >> np.uint32(4)) & np.uint32(0x0F0F0F0F)
+    even = (even | (even >> np.uint32(4))) & np.uint32(0x00FF00FF)
+    odd = (odd | (odd >> np.uint32(4))) & np.uint32(0x00FF00FF)
+    even = (even | (even >> np.uint32(8))) & np.uint32(0x0000FFFF)
+    odd = (odd | (odd >> np.uint32(8))) & np.uint32(0x0000FFFF)
+    return even | (odd << np.uint32(16))
+
+
+@parallel.Kernel
+def _pack_columns(job: Any) -> None:
+    """Sources are bfloat16 [K, rows], neighbouring rows side by side: what fused experts are on disk."""
+    args = elements_at(job, _I64)
+    items, pairs, out = args[1], args[2], elements_at(args[3], _U32)
+    sources, ends, gated, panels = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7]
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        first = item * PAIRS_PER_ITEM
+        for p in range(panels):
+            for half in range(2):
+                part, row = _half_source(p, half, ends, gated)
+                stride = sources[2 * part + 1]
+                for j in range(first, min(first + PAIRS_PER_ITEM, pairs)):
+                    low = elements_at(sources[2 * part] + 2 * j * stride + 2 * row, _U16)
+                    high = elements_at(sources[2 * part] + (2 * j + 1) * stride + 2 * row, _U16)
+                    to = (p * pairs + j) * PANEL + half * HALF
+                    for c in range(HALF):
+                        out[to + c] = np.uint32(low[c]) | (np.uint32(high[c]) << np.uint32(16))
+
+
+def packs(rows: Sequence[int], size: int, gated: bool, group_size: int | None = None) -> bool:
+    """True where weights [rows[i], size] over one input come out in whole panels; `group_size`: that of INT4."""
+    if group_size is not None and (group_size != PANEL_GROUP or size % PANEL_GROUP):
+        return False
+    whole = all(n % (HALF if gated else PANEL) == 0 for n in rows)
+    return whole and size % MIN_K == 0
+
+
+def pack_dense(parts: Sequence[torch.Tensor], gated: bool, out: torch.Tensor | None = None) -> PanelLinear:
+    """bfloat16 weights [rows, K] over the same input → one PanelLinear, into `out` int32 [P, K/2, 32] if given.
+
+    gated: parts are (gate, up). Parts lie in memory by rows or (transposed views) by columns.
+    """
+    rows, size = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    words = torch.empty((rows // PANEL, size // 2, PANEL), dtype=torch.int32) if out is None else out
+    if all(part.stride(0) == 1 and part.shape[0] > 1 for part in parts):
+        sources = [n for part in parts for n in (part.data_ptr(), part.stride(1) * 2)]
+        items = -(-(size // 2) // PAIRS_PER_ITEM)
+        parallel.run(
+            _pack_columns, items, size // 2, words, torch.tensor(sources), _ends(parts), int(gated), len(words)
+        )
+    else:
+        parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
+        _run_pack_rows(parts, words, gated, False)
+    return PanelLinear(words, gated)
+
+
+def pack_int4(packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], gated: bool) -> PanelInt4Linear:
+    """compressed-tensors INT4 (packed int32 [rows, K/8], scale bfloat16 [rows, K/128]) → one PanelInt4Linear."""
+    rows, count = sum(part.shape[0] for part in packed), packed[0].shape[1]
+    words = torch.empty((rows // PANEL, count, PANEL), dtype=torch.int32)
+    _run_pack_rows([part.contiguous() for part in packed], words, gated, True)
+    if gated:
+        halves = [scale.reshape(rows // PANEL, HALF, -1) for scale in scales]
+        joined = torch.cat(halves, dim=1)  # [P, 32, K/128]
+    else:
+        joined = torch.cat(list(scales)).reshape(rows // PANEL, PANEL, -1)
+    return PanelInt4Linear(words, joined.transpose(1, 2).contiguous(), gated)
+
+
+def _run_pack_rows(parts: Sequence[torch.Tensor], words: torch.Tensor, gated: bool, int4: bool) -> None:
+    sources = [n for part in parts for n in (part.data_ptr(), part.stride(0) * part.element_size())]
+    parallel.run(
+        _pack_rows, 2 * len(words), words.shape[1], words, torch.tensor(sources), _ends(parts), int(gated), int(int4)
+    )
+
+
+def _ends(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64: rows before each part, and all."""
+    return torch.tensor([0, *np.cumsum([part.shape[0] for part in parts]).tolist()])

@@ -8,7 +8,6 @@ Other bfloat16 products leave many rows to torch's GEMM.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -176,24 +175,19 @@ class MoeBanks:
     with_shared: bool
 
 
-_banks: weakref.WeakKeyDictionary[Linear | Experts, Bank | MoeBanks | None] = weakref.WeakKeyDictionary()
-
-
 def _bank(weight: PanelLinear | PanelInt4Linear) -> Bank:
     """The Bank of one weight, made once."""
-    bank = _banks.get(weight)
-    if bank is None:
-        bank = _banks[weight] = Bank.of([weight])
-    assert isinstance(bank, Bank)
+    if "bank" not in weight.derived:
+        weight.derived["bank"] = Bank.of([weight])
+    bank: Bank = weight.derived["bank"]
     return bank
 
 
 def _moe_banks(experts: Experts, shared_gate_up: Linear, shared_down: Linear) -> MoeBanks | None:
     """The Banks of a layer, made once; None where its experts are not in panels."""
-    if experts not in _banks:
-        _banks[experts] = _make_moe_banks(experts, shared_gate_up, shared_down)
-    banks = _banks[experts]
-    assert not isinstance(banks, Bank)
+    if "banks" not in experts.derived:
+        experts.derived["banks"] = _make_moe_banks(experts, shared_gate_up, shared_down)
+    banks: MoeBanks | None = experts.derived["banks"]
     return banks
 
 

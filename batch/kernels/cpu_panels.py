@@ -7,6 +7,7 @@ Legend: R rows of x, N out features, K in features, G groups, T tokens, E expert
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
-from batch.kernels.panel_tiles import LINE_BYTES, MAX_ROWS, dense_tile, expand_int4, int4_tile
+from batch.kernels.panel_tiles import INT8_ORDER, LINE_BYTES, MAX_ROWS, dense_tile, expand_int4, int4_tile, int8_tile
 from batch.kernels.simd import elements_at, jit, narrow, take_item, widen
 
 ITEM_BYTES = 512 * 1024  # of weights, half of a usual L2 cache
 MOST_PANELS = 4  # per item
 EXPAND_ROWS = 2 * MAX_ROWS  # INT4 panels that meet more rows than this are expanded to bfloat16 once
 BLOCK_BYTES = 1 << 20  # of x that one group's rows have at most, so that they stay in the cache from panel to panel
+BF16, INT4, INT8 = 0, 1, 2  # kinds of a Bank: bfloat16 weights, INT4 ones, INT4 ones for int8 activations
 ALIAS_BYTES = 4096  # rows this far apart fall into the same lines of the L1 cache
 _I64 = np.int64(0)
 
@@ -32,6 +34,9 @@ _dense_1, _dense_2, _dense_3, _dense_4, _dense_5, _dense_6 = (dense_tile(rows) f
 _dense_7, _dense_8, _dense_9, _dense_10, _dense_11, _dense_12 = (dense_tile(rows) for rows in range(7, 13))
 _int4_1, _int4_2, _int4_3, _int4_4, _int4_5, _int4_6 = (int4_tile(rows) for rows in range(1, 7))
 _int4_7, _int4_8, _int4_9, _int4_10, _int4_11, _int4_12 = (int4_tile(rows) for rows in range(7, 13))
+
+_int8_1, _int8_2, _int8_3, _int8_4, _int8_5, _int8_6 = (int8_tile(rows) for rows in range(1, 7))
+_int8_7, _int8_8, _int8_9, _int8_10, _int8_11, _int8_12 = (int8_tile(rows) for rows in range(7, 13))
 
 
 @jit
@@ -95,6 +100,38 @@ def _run_int4(
 
 
 @jit
+def _run_int8(
+    rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, groups: Any, sums: Any, outs: Any,
+    gated: Any,
+) -> None:  # fmt: skip
+    """One tile of 1 to 12 rows; see `panel_tiles.int8_tile`."""
+    if rows == 12:
+        _int8_12(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 11:
+        _int8_11(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 10:
+        _int8_10(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 9:
+        _int8_9(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 8:
+        _int8_8(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 7:
+        _int8_7(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 6:
+        _int8_6(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 5:
+        _int8_5(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 4:
+        _int8_4(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 3:
+        _int8_3(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    elif rows == 2:
+        _int8_2(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+    else:
+        _int8_1(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+
+
+@jit
 def _place_rows(outs: Any, out: Any, out_bytes: Any, order: Any, ordered: Any, begin: Any, end: Any) -> None:
     """Addresses of the rows of the result that rows begin … end - 1 go to."""
     for row in range(begin, end):
@@ -108,11 +145,12 @@ def _product(job: Any) -> None:
     x, tail, tail_row, out, out_bytes = args[2], args[3], args[4], args[5], args[6]
     table, addresses, order = elements_at(args[7], _I64), elements_at(args[8], _I64), elements_at(args[9], _I64)
     ordered, size, panels, per_item, per_group = args[10], args[11], args[12], args[13], args[14]
-    gated, int4, x_bytes, tail_bytes, counter = args[15], args[16] != 0, args[17], args[18], job + 8 * 20
+    gated, int4, int8, x_bytes, tail_bytes = args[15], args[16] != BF16, args[16] == INT8, args[17], args[18]
+    expands, counter, x_scale, x_base = int4 and not int8, job + 8 * 20, args[21], args[22]
     width = 2 * HALF if gated else 2 * PANEL  # bytes of a row that one panel gives
     pairs, groups = size // 2, size // PANEL_GROUP
     panel_bytes, scale_bytes = (pairs // 4 if int4 else pairs) * LINE_BYTES, groups * PANEL * 2
-    expanded = args[19] + take_item(counter) * pairs * LINE_BYTES if int4 else 0
+    expanded = args[19] + take_item(counter) * pairs * LINE_BYTES if expands else 0
     sums, outs = np.empty(MAX_ROWS * PANEL, np.float32), np.empty(MAX_ROWS, np.int64)
     at_sums, at_outs, items = sums.ctypes.data, outs.ctypes.data, table[0] * per_group
     while True:
@@ -126,7 +164,7 @@ def _product(job: Any) -> None:
         if begin >= tail_row:
             source, row_bytes = tail + (begin - tail_row) * tail_bytes, tail_bytes
         tiles, count, target = (rows + MAX_ROWS - 1) // MAX_ROWS, min(per_item, panels - first), out + first * width
-        if int4 and rows > EXPAND_ROWS:
+        if expands and rows > EXPAND_ROWS:
             for p in range(count):
                 expand_int4(w + p * panel_bytes, scale + p * scale_bytes, groups, expanded)
                 for tile in range(tiles):
@@ -140,7 +178,13 @@ def _product(job: Any) -> None:
             at, taken = source + low * row_bytes, high - low
             for p in range(count):
                 panel, factors = w + p * panel_bytes, scale + p * scale_bytes
-                if int4:
+                if int8:
+                    at_group = (begin + low) * groups * 4
+                    _run_int8(
+                        taken, at, row_bytes, x_scale + at_group, x_base + at_group, panel, factors, groups, at_sums,
+                        at_outs, gated,
+                    )  # fmt: skip
+                elif int4:
                     _run_int4(taken, at, row_bytes, panel, factors, groups, at_sums, at_outs, gated)
                 else:
                     _run_dense(taken, at, row_bytes, panel, pairs, at_outs, gated)
@@ -156,7 +200,7 @@ class Bank:
     """
 
     addresses: torch.Tensor
-    int4: bool
+    kind: int
     gated: bool
     in_features: int
     width: int  # features of the result
@@ -168,21 +212,28 @@ class Bank:
         """`weights` are `same_kind`."""
         parts = [weight for weight in weights if isinstance(weight, PanelLinear | PanelInt4Linear)]
         first = parts[0]
-        panel_bytes = first.words.stride(0) * 4
-        panels = first.words.shape[0]
+        panels, panel_bytes = first.words.shape[0], first.words.stride(0) * 4
         per_item = max(1, min(MOST_PANELS, ITEM_BYTES // panel_bytes, panels // (4 * torch.get_num_threads())))
         return Bank(
-            torch.tensor([part.addresses() for part in parts]), isinstance(first, PanelInt4Linear), first.gated,
-            first.in_features, first.out_features // (2 if first.gated else 1), panels, per_item,
+            torch.tensor([part.addresses() for part in parts]), _kind(first), first.gated,
+            first.in_features, first.out_features // (2 if first.gated else 1), first.words.shape[0], per_item,
         )  # fmt: skip
+
+
+def _kind(weight: PanelLinear | PanelInt4Linear) -> int:
+    if isinstance(weight, PanelLinear):
+        return BF16
+    return INT8 if weight.int8_activations else INT4
 
 
 def same_kind(weights: Sequence[object]) -> bool:
     """True where `weights` can be one Bank."""
     first = weights[0]
     return isinstance(first, PanelLinear | PanelInt4Linear) and all(
-        type(w) is type(first) and w.gated == first.gated and w.words.shape == first.words.shape for w in weights
-    )
+        isinstance(w, PanelLinear | PanelInt4Linear) and _kind(w) == _kind(first)
+        and (w.gated, w.out_features, w.words.shape) == (first.gated, first.out_features, first.words.shape)
+        for w in weights
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,6 +250,7 @@ def block_rows(size: int) -> int:
     return max(BLOCK_BYTES // (2 * size) // MAX_ROWS, 4) * MAX_ROWS
 
 
+@functools.lru_cache(1024)
 def one_weight(rows: int, size: int) -> Groups:
     """Groups of rows of K = size that all meet weight 0."""
     step = block_rows(size)
@@ -215,18 +267,77 @@ def product(
     product goes to row order[r] of the result; rows without an entry stay where they are.
     spread: the result, meant for another product, may have rows that are not contiguous with one another.
     """
-    x, tail = xs[0], xs[-1]
     rows = sum(len(part) for part in xs)
-    apart = 32 if spread and bank.width * 2 % ALIAS_BYTES == 0 else 0
-    out = x.new_empty((rows, bank.width + apart))[:, : bank.width]
+    x, tail = xs[0], xs[-1]
+    width = x.element_size()
+    meta: tuple[int | torch.Tensor, ...] = (0, 0)
+    if bank.kind == INT8:
+        q = quantize_rows(xs)
+        x = tail = q.values
+        width, meta = 1, (q.scale, q.base)
+    room = bank.panels * (HALF if bank.gated else PANEL)  # columns that are written
+    if spread and room * 2 % ALIAS_BYTES == 0:
+        room += PANEL
+    out = torch.empty((rows, room), dtype=torch.bfloat16)
     per_group = -(-bank.panels // bank.per_item)
     parallel.run(
         _product, groups.most * per_group, x, tail, len(x), out, out.stride(0) * 2, groups.table, bank.addresses,
         0 if order is None else order, 0 if order is None else len(order), bank.in_features, bank.panels,
-        bank.per_item, per_group, int(bank.gated), int(bank.int4), x.stride(0) * 2, tail.stride(0) * 2,
-        _scratch(bank.in_features), 0,
+        bank.per_item, per_group, int(bank.gated), bank.kind, x.stride(0) * width, tail.stride(0) * width,
+        _scratch(bank.in_features), 0, *meta,
     )  # fmt: skip
-    return out
+    return out if room == bank.width else out[:, : bank.width]
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """values int8 [R, K], each eight k in INT8_ORDER; scale float32 and base int32 [R, K/128]; see `int8_tile`."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    base: torch.Tensor
+
+
+@parallel.Kernel
+def _quantize_rows(job: Any) -> None:
+    """Items are rows; the arguments are those that `quantize_rows` gives."""
+    args = elements_at(job, _I64)
+    items, x, x_bytes, tail, tail_row, tail_bytes, size = args[1], args[2], args[3], args[4], args[5], args[6], args[7]
+    groups, values = size // PANEL_GROUP, elements_at(args[8], np.int8(0))
+    scale, base = elements_at(args[9], np.float32(0)), elements_at(args[10], np.int32(0))
+    wide, whole = np.empty(PANEL_GROUP, np.float32), np.empty(PANEL_GROUP, np.int32)
+    while True:
+        row = take_item(job)
+        if row >= items:
+            return
+        address = x + row * x_bytes if row < tail_row else tail + (row - tail_row) * tail_bytes
+        source = elements_at(address, np.uint16(0))
+        for g in range(groups):
+            most = np.float32(0.0)
+            for i in range(PANEL_GROUP):
+                wide[i] = widen(source[g * PANEL_GROUP + i])
+                most = max(most, abs(wide[i]))
+            step = most / np.float32(127.0)
+            inverse = np.float32(1.0) / step if step > 0 else np.float32(0.0)
+            total = np.int32(0)
+            for i in range(PANEL_GROUP):
+                whole[i] = np.int32(np.rint(wide[i] * inverse))
+                total += whole[i]
+            at = row * size + g * PANEL_GROUP
+            for i in range(0, PANEL_GROUP, 8):
+                for j in range(8):
+                    values[at + i + j] = np.int8(whole[i + INT8_ORDER[j]])
+            scale[row * groups + g], base[row * groups + g] = step, -8 * total
+
+
+def quantize_rows(xs: tuple[torch.Tensor, ...]) -> Int8Rows:
+    """Rows of one or two tensors bfloat16 [R, K] as `reference.quantize_int8_groups` quantizes them."""
+    x, tail, rows, size = xs[0], xs[-1], sum(len(part) for part in xs), xs[0].shape[1]
+    values = torch.empty((rows, size), dtype=torch.int8)
+    scale = torch.empty((rows, size // PANEL_GROUP), dtype=torch.float32)
+    base = torch.empty(scale.shape, dtype=torch.int32)
+    parallel.run(_quantize_rows, rows, x, x.stride(0) * 2, tail, len(x), tail.stride(0) * 2, size, values, scale, base)
+    return Int8Rows(values, scale, base)
 
 
 _expanded = torch.empty(0, dtype=torch.int32)
@@ -242,12 +353,12 @@ def _scratch(size: int) -> torch.Tensor:
 
 
 @jit
-def _route(logits: Any, tokens: Any, experts: Any, score: Any, chosen: Any, first: Any) -> None:
+def _route(logits: Any, stride: Any, tokens: Any, experts: Any, score: Any, chosen: Any, first: Any) -> None:
     """Each token's best expert, the sigmoid of its logit, and in first[e + 1] the number of tokens of expert e."""
     for t in range(tokens):
-        best, value = 0, widen(logits[t * experts])
+        best, value = 0, widen(logits[t * stride])
         for e in range(1, experts):
-            other = widen(logits[t * experts + e])
+            other = widen(logits[t * stride + e])
             if other > value:
                 best, value = e, other
         chosen[t] = best
@@ -273,7 +384,7 @@ def _dispatch(job: Any) -> None:
     order, table = elements_at(args[6], _I64), elements_at(args[7], _I64)
     chosen, first = np.empty(tokens, np.int32), np.zeros(experts + 1, np.int64)
     logits, score = elements_at(args[2], np.uint16(0)), elements_at(args[5], np.uint16(0))
-    _route(logits, tokens, experts, score, chosen, first)
+    _route(logits, args[10], tokens, experts, score, chosen, first)
     count = 0
     for e in range(experts):
         count = _add_groups(table, count, e, first[e], first[e + 1], most)
@@ -294,7 +405,8 @@ def dispatch(logits: torch.Tensor, with_shared: bool, size: int) -> tuple[torch.
     groups = min(tokens, experts) + tokens // most + (-(-tokens // most) if with_shared else 0)
     score, order = logits.new_empty(tokens), torch.empty(tokens, dtype=torch.int64)
     table = torch.empty(1 + 3 * groups, dtype=torch.int64)
-    parallel.run(_dispatch, 1, logits, tokens, experts, score, order, table, int(with_shared), most)
+    stride = logits.stride(0)
+    parallel.run(_dispatch, 1, logits, tokens, experts, score, order, table, int(with_shared), most, stride)
     return score, order, Groups(table, groups)
 
 

@@ -8,7 +8,8 @@ are rows 16p … of gate, 16 … 31 the same rows of up, so that one register ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -101,14 +102,15 @@ class FusedLinear:
 
 @dataclass(frozen=True, eq=False)
 class PanelLinear:
-    """words int32 [P, K/2, 32]: word [p, j, c] is column c of panel p at k = 2j (low half) and 2j + 1, bfloat16."""
+    """words int32 [P, K/2, 32]: word [p, j, c] is column c of panel p at k = 2j (low half) and 2j + 1, bfloat16.
+
+    Columns past `out_features` in the last panel are 0. `derived`: what kernels work out once.
+    """
 
     words: torch.Tensor
     gated: bool
-
-    @property
-    def out_features(self) -> int:
-        return self.words.shape[0] * PANEL
+    out_features: int
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def in_features(self) -> int:
@@ -124,19 +126,22 @@ class PanelLinear:
     def dense(self) -> torch.Tensor:
         """The weight bfloat16 [N, K], gate rows first."""
         pairs = self.words.view(torch.bfloat16).view(*self.words.shape, 2)  # [P, K/2, 32, 2]
-        return _rows_in_order(pairs.transpose(1, 2).flatten(2), self.gated)
+        return _rows_in_order(pairs.transpose(1, 2).flatten(2), self.gated)[: self.out_features]
 
 
 @dataclass(frozen=True, eq=False)
 class PanelInt4Linear:
     """words int32 [P, K/8, 32]: bits 4(4h + i) of word [p, j, c] hold q + 8 of column c at k = 8j + 2i + h.
 
-    scale bfloat16 [P, K/128, 32]; weight = q · scale.
+    scale bfloat16 [P, K/128, 32]; weight = q · scale. int8_activations: the input is quantized to int8, in groups of
+    128 per token (scale absmax / 127), before the product. `derived`: what kernels work out once.
     """
 
     words: torch.Tensor
     scale: torch.Tensor
     gated: bool
+    int8_activations: bool = False
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -174,7 +179,11 @@ Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear | PanelLinear | Pane
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """The routed experts of one layer: gate_up[e] maps H → 2I (gate rows first), down[e] maps I → H."""
+    """The routed experts of one layer: gate_up[e] maps H → 2I (gate rows first), down[e] maps I → H.
+
+    `derived`: what kernels work out once.
+    """
 
     gate_up: tuple[Linear, ...]
     down: tuple[Linear, ...]
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)

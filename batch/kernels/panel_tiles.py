@@ -37,6 +37,7 @@ from batch.kernels.tiles import (
 
 MAX_ROWS = 12  # 24 sums, 2 weights and a broadcast in 32 registers
 LINE_BYTES = 2 * VECTOR_BYTES  # one k-pair of a bfloat16 panel, eight k of an INT4 panel
+INT8_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of k in a word of an INT4 panel: low nibbles of its bytes, then high ones
 AHEAD_BYTES = 2048  # prefetch distance in the stream of weights
 I16X16 = ir.VectorType(ir.IntType(16), 16)
 
@@ -198,6 +199,72 @@ def _add_scaled(builder: Any, group_sums: list[Any], cells: list[Any], scale: An
     factors = _scales(builder, scale)
     for i, (value, cell) in enumerate(zip(group_sums, cells, strict=True)):
         _store(builder, _fma(builder, value, factors[i % 2], _load(builder, cell, F32X16)), cell)
+
+
+def int8_tile(rows: int) -> Any:
+    """An intrinsic tile(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated): `int4_tile` for int8 x.
+
+    x: int8 rows, each eight k in the order `INT8_ORDER`; x_scale float32 and x_base int32, `groups` a row: what the
+    row's integers stand for, and -8 times their sum, since the weights are multiplied as q + 8. Needs AVX512-VNNI.
+    """
+
+    @intrinsic
+    def tile(
+        typingctx: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, groups: Any, sums: Any,
+        outs: Any, gated: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated = args
+            starts = _row_starts(builder, x, x_bytes, rows)
+            cells = [builder.add(sums, _constant(VECTOR_BYTES * i)) for i in range(2 * rows)]
+            for cell in cells:
+                _store(builder, _float(0.0), cell)
+            with _loop(builder, groups, 1, []) as group:
+                word = builder.mul(group.offset, _constant(4))
+                at = [builder.add(word, builder.mul(groups, _constant(4 * m))) for m in range(rows)]
+                bases = [_splat_word(builder, builder.add(x_base, offset)) for offset in at]
+                factors = [_splat_word(builder, builder.add(x_scale, offset)) for offset in at]
+                first_k = builder.mul(group.offset, _constant(GROUP))
+                lines = builder.add(w, builder.mul(first_k, _constant(LINE_BYTES // 8)))
+                with _loop(builder, _constant(GROUP), 8, [base for base in bases for _ in (0, 1)]) as loop:
+                    at_k = builder.add(first_k, loop.offset)
+                    line = builder.add(lines, builder.mul(loop.offset, _constant(LINE_BYTES // 8)))
+                    loop.new = _int8_line(builder, loop.old, [builder.add(s, at_k) for s in starts], line)
+                parts = []
+                for m in range(rows):
+                    wide = [builder.sitofp(value, F32X16) for value in loop.new[2 * m : 2 * m + 2]]
+                    parts += [builder.fmul(value, builder.bitcast(factors[m], F32X16)) for value in wide]
+                _add_scaled(builder, parts, cells, builder.add(scale, builder.mul(group.offset, _constant(64))))
+            _store_tile(builder, [_load(builder, cell, F32X16) for cell in cells], outs, gated)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 10), codegen
+
+    return tile
+
+
+def _int8_line(builder: Any, sums: list[Any], x_rows: list[Any], line: Any) -> list[Any]:
+    """Eight k of an INT4 panel times int8: the low nibbles of a word's four bytes, then the high ones."""
+    weights = []
+    for n in (0, VECTOR_BYTES):
+        words = _load(builder, builder.add(line, _constant(n)), I32X16)
+        _prefetch(builder, builder.add(line, _constant(AHEAD_BYTES + n)))
+        weights.append(
+            [builder.and_(builder.lshr(words, _splat(I32X16, s)), _splat(I32X16, 0x0F0F0F0F)) for s in (0, 4)]
+        )
+    for i in (0, 1):
+        new = []
+        for m, row in enumerate(x_rows):
+            four = _splat_word(builder, builder.add(row, _constant(4 * i)))
+            for n in (0, 1):
+                new.append(_dot_bytes(builder, sums[2 * m + n], weights[n][i], four))
+        sums = new
+    return sums
+
+
+def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total <16 x i32> += products of the four bytes of each word."""
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
 
 
 @intrinsic

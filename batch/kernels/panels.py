@@ -22,13 +22,14 @@ _I64, _U32, _U16 = np.int64(0), np.uint32(0), np.uint16(0)
 
 @jit
 def _half_source(p: Any, half: Any, table: Any, gated: Any) -> Any:
-    """(part, first row in it) of the 16 columns `half` of panel p; table: rows of the parts, added up."""
+    """(part, first row in it, number of rows) of the up to 16 columns `half` of panel p; table: rows of the parts,
+    added up, then -1."""
     if gated:
-        return half, p * HALF
+        return half, p * HALF, HALF
     row, part = p * PANEL + half * HALF, 0
-    while row >= table[part + 1]:
+    while row >= table[part + 1] and table[part + 2] >= 0:
         part += 1
-    return part, row - table[part]
+    return part, row - table[part], max(min(HALF, table[part + 1] - row), 0)
 
 
 @parallel.Kernel
@@ -43,13 +44,13 @@ def _pack_rows(job: Any) -> None:
         if item >= items:
             return
         p, half = item // 2, item % 2
-        part, row = _half_source(p, half, ends, gated)
+        part, row, columns = _half_source(p, half, ends, gated)
         stride = sources[2 * part + 1]
         base = sources[2 * part] + row * stride
         target = p * words * PANEL + half * HALF
         for j in range(0, words, 16):
             count = min(16, words - j)
-            for c in range(HALF):
+            for c in range(columns):
                 source = elements_at(base + c * stride + 4 * j, _U32)
                 for i in range(count):
                     block[i * HALF + c] = source[i]
@@ -58,7 +59,7 @@ def _pack_rows(job: Any) -> None:
                     block[i] = _reorder_nibbles(block[i])
             for i in range(count):
                 to = target + (j + i) * PANEL
-                for c in range(HALF):
+                for c in range(columns):
                     out[to + c] = block[i * HALF + c]
 
 
@@ -86,22 +87,25 @@ def _pack_columns(job: Any) -> None:
         first = item * PAIRS_PER_ITEM
         for p in range(panels):
             for half in range(2):
-                part, row = _half_source(p, half, ends, gated)
+                part, row, columns = _half_source(p, half, ends, gated)
                 stride = sources[2 * part + 1]
                 for j in range(first, min(first + PAIRS_PER_ITEM, pairs)):
                     low = elements_at(sources[2 * part] + 2 * j * stride + 2 * row, _U16)
                     high = elements_at(sources[2 * part] + (2 * j + 1) * stride + 2 * row, _U16)
                     to = (p * pairs + j) * PANEL + half * HALF
-                    for c in range(HALF):
+                    for c in range(columns):
                         out[to + c] = np.uint32(low[c]) | (np.uint32(high[c]) << np.uint32(16))
 
 
 def packs(rows: Sequence[int], size: int, gated: bool, group_size: int | None = None) -> bool:
-    """True where weights [rows[i], size] over one input come out in whole panels; `group_size`: that of INT4."""
+    """True where weights [rows[i], size] over one input can be packed; `group_size`: that of INT4.
+
+    One dense weight may end in a part of a panel; INT4 and several joined ones must be whole.
+    """
     if group_size is not None and (group_size != PANEL_GROUP or size % PANEL_GROUP):
         return False
     whole = all(n % (HALF if gated else PANEL) == 0 for n in rows)
-    return whole and size % MIN_K == 0
+    return (whole or (len(rows) == 1 and group_size is None and not gated)) and size % MIN_K == 0
 
 
 def pack_dense(parts: Sequence[torch.Tensor], gated: bool, out: torch.Tensor | None = None) -> PanelLinear:
@@ -110,7 +114,9 @@ def pack_dense(parts: Sequence[torch.Tensor], gated: bool, out: torch.Tensor | N
     gated: parts are (gate, up). Parts lie in memory by rows or (transposed views) by columns.
     """
     rows, size = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    words = torch.empty((rows // PANEL, size // 2, PANEL), dtype=torch.int32) if out is None else out
+    words = torch.empty(panel_shape(rows, size), dtype=torch.int32) if out is None else out
+    if rows % PANEL:
+        words[-1] = 0
     if all(part.stride(0) == 1 and part.shape[0] > 1 for part in parts):
         sources = [n for part in parts for n in (part.data_ptr(), part.stride(1) * 2)]
         items = -(-(size // 2) // PAIRS_PER_ITEM)
@@ -120,7 +126,12 @@ def pack_dense(parts: Sequence[torch.Tensor], gated: bool, out: torch.Tensor | N
     else:
         parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
         _run_pack_rows(parts, words, gated, False)
-    return PanelLinear(words, gated)
+    return PanelLinear(words, gated, rows)
+
+
+def panel_shape(rows: int, size: int) -> tuple[int, int, int]:
+    """Of the words of a dense weight [rows, size]."""
+    return -(-rows // PANEL), size // 2, PANEL
 
 
 def pack_int4(packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], gated: bool) -> PanelInt4Linear:
@@ -144,5 +155,5 @@ def _run_pack_rows(parts: Sequence[torch.Tensor], words: torch.Tensor, gated: bo
 
 
 def _ends(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """int64: rows before each part, and all."""
-    return torch.tensor([0, *np.cumsum([part.shape[0] for part in parts]).tolist()])
+    """int64: rows before each part, all of them, and -1."""
+    return torch.tensor([0, *np.cumsum([part.shape[0] for part in parts]).tolist(), -1])

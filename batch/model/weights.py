@@ -16,7 +16,6 @@ import torch
 
 from batch.kernels import ops
 from batch.kernels.linears import (
-    PANEL,
     DenseLinear,
     Experts,
     Fp8Linear,
@@ -119,7 +118,8 @@ class Loader:
         shapes = [infos[f"{prefix}.weight"].shape for prefix in names[0]]
         rows, columns = [shape[0] for shape in shapes], shapes[0][1]
         if self.packer is not None and self.packer.packs(rows, columns, gated):
-            words = torch.empty((len(names), sum(rows) // PANEL, columns // 2, PANEL), dtype=torch.int32)
+            shape = self.packer.panel_shape(sum(rows), columns)
+            words = torch.empty((len(names), *shape), dtype=torch.int32)
             return tuple(self._dense_panels(group, gated, out) for group, out in zip(names, words, strict=True))
         bank = torch.empty((len(names), sum(rows), columns), dtype=self.dtype, device=self.device)  # [E, N, K]
         for joined, group in zip(bank, names, strict=True):

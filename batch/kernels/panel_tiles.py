@@ -7,6 +7,7 @@ stream. Layouts are in panels.py. Each cell is summed in an order that does not 
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from llvmlite import ir
@@ -26,7 +27,6 @@ from batch.kernels.tiles import (
     _dot,
     _fma,
     _halves,
-    _int4_values,
     _load,
     _loop,
     _prefetch,
@@ -168,6 +168,17 @@ def int4_tile(rows: int) -> Any:
         return types.void(*[types.intp] * 8), codegen
 
     return tile
+
+
+def _int4_values(builder: Any, words: Any) -> list[Any]:
+    """16 packed words → 4 vectors of 32 bfloat16 q - 8: nibbles i and i + 4 of each word, i = 0 … 3."""
+    halves = ir.VectorType(ir.IntType(16), 32)
+    bits = [struct.unpack("<I", struct.pack("<f", q - 8))[0] >> 16 for q in range(16)]
+    table = ir.Constant(halves, [ir.Constant(halves.element, b) for b in bits * 2])  # bit 4 of an index is ignored
+    packed = builder.bitcast(words, halves)
+    shifted = [builder.lshr(packed, _splat(halves, 4 * i)) for i in range(4)]
+    found = [_call(builder, "llvm.x86.avx512.permvar.hi.512", halves, table, index) for index in shifted]
+    return [builder.bitcast(value, I32X16) for value in found]
 
 
 def _int4_line(builder: Any, sums: list[Any], x_rows: list[Any], line: Any) -> list[Any]:

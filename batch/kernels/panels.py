@@ -14,6 +14,7 @@ import torch
 from batch.kernels import parallel
 from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
 from batch.kernels.simd import elements_at, jit, take_item
+from batch.kernels.tiles import has_avx512_vnni
 
 MIN_K = 32  # bfloat16 k in whole cache lines
 PAIRS_PER_ITEM = 16
@@ -134,7 +135,14 @@ def panel_shape(rows: int, size: int) -> tuple[int, int, int]:
     return -(-rows // PANEL), size // 2, PANEL
 
 
-def pack_int4(packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], gated: bool) -> PanelInt4Linear:
+def has_int8() -> bool:
+    """True where this CPU multiplies int8 activations with INT4 panels."""
+    return has_avx512_vnni()
+
+
+def pack_int4(
+    packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], gated: bool, int8_activations: bool = False
+) -> PanelInt4Linear:
     """compressed-tensors INT4 (packed int32 [rows, K/8], scale bfloat16 [rows, K/128]) → one PanelInt4Linear."""
     rows, count = sum(part.shape[0] for part in packed), packed[0].shape[1]
     words = torch.empty((rows // PANEL, count, PANEL), dtype=torch.int32)
@@ -144,7 +152,7 @@ def pack_int4(packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], ga
         joined = torch.cat(halves, dim=1)  # [P, 32, K/128]
     else:
         joined = torch.cat(list(scales)).reshape(rows // PANEL, PANEL, -1)
-    return PanelInt4Linear(words, joined.transpose(1, 2).contiguous(), gated)
+    return PanelInt4Linear(words, joined.transpose(1, 2).contiguous(), gated, int8_activations)
 
 
 def _run_pack_rows(parts: Sequence[torch.Tensor], words: torch.Tensor, gated: bool, int4: bool) -> None:

@@ -27,7 +27,7 @@ from batch.kernels.linears import (
 )
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
-from l4tool.core.errors import CheckpointError
+from l4tool.core.errors import CheckpointError, UsageError
 
 MODEL = "language_model.model."
 
@@ -72,11 +72,28 @@ class TextWeights:
 
 
 class Loader:
-    """Reads tensors to one device and dtype. `dtype` is that of the activations and of every unquantized weight."""
+    """Reads tensors to one device and dtype. `dtype` is that of the activations and of every unquantized weight.
 
-    def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype) -> None:
+    activations "int8": INT4 weights take their inputs as int8. Raises UsageError where that cannot be.
+    """
+
+    def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype, activations: str = "auto") -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
         self.packer = ops.packer(device, dtype)
+        self.int8_activations = activations == "int8"
+        if self.int8_activations:
+            self._require_int8()
+
+    def _require_int8(self) -> None:
+        if self.packer is None or not self.packer.has_int8():
+            raise UsageError(
+                "--activations int8 needs bfloat16 on a CPU with AVX-512 VNNI and BF16", hint="leave the option out"
+            )
+        if not any(name.endswith(".weight_packed") for name in self.reader.tensors()):
+            raise UsageError(
+                f"--activations int8 is for INT4 weights; {self.reader.path} has none",
+                hint="make them: l4tool quantize SRC --int4 -o OUT",
+            )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A private, contiguous copy; the file's pages are released."""
@@ -140,7 +157,7 @@ class Loader:
         if not self.packer.packs(rows, columns, gated, group_size or 0):
             return None
         scales = [self.reader.read(f"{prefix}.weight_scale").to(torch.bfloat16) for prefix in prefixes]
-        joined: PanelInt4Linear = self.packer.pack_int4(packed, scales, gated)
+        joined: PanelInt4Linear = self.packer.pack_int4(packed, scales, gated, self.int8_activations)
         for prefix in prefixes:
             self.reader.release(f"{prefix}.weight_packed")
         return joined

@@ -13,11 +13,13 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
+from batch.kernels.pack_tiles import SIDE, pair_tile, turn_tile
+from batch.kernels.panel_tiles import LINE_BYTES
 from batch.kernels.simd import elements_at, jit, take_item
 from batch.kernels.tiles import has_avx512_vnni
 
 MIN_K = 32  # bfloat16 k in whole cache lines
-PAIRS_PER_ITEM = 16
+PAIRS_PER_ITEM = 4
 _I64, _U32, _U16 = np.int64(0), np.uint32(0), np.uint16(0)
 
 
@@ -33,69 +35,66 @@ def _half_source(p: Any, half: Any, table: Any, gated: Any) -> Any:
     return part, row - table[part], max(min(HALF, table[part + 1] - row), 0)
 
 
+_turn_words, _turn_int4 = turn_tile(False), turn_tile(True)
+
+
+@jit
+def _pack_part(source: Any, stride: Any, columns: Any, count: Any, target: Any) -> None:
+    """What is not a whole tile: `count` words of `columns` rows; the other columns are left alone."""
+    for c in range(columns):
+        row = elements_at(source + c * stride, _U32)
+        for i in range(count):
+            elements_at(target + i * LINE_BYTES, _U32)[c] = row[i]
+
+
 @parallel.Kernel
 def _pack_rows(job: Any) -> None:
-    """Sources are [rows, K] with neighbouring k in neighbouring words: `words` of 4 bytes a row."""
+    """Sources are [rows, K] with neighbouring k in neighbouring words: `words` of 4 bytes a row. Items: half panels."""
     args = elements_at(job, _I64)
-    items, words, out = args[1], args[2], elements_at(args[3], _U32)
+    items, words, out = args[1], args[2], args[3]
     sources, ends, gated, int4 = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7] != 0
-    block = np.empty(HALF * 16, np.uint32)
     while True:
         item = take_item(job)
         if item >= items:
             return
-        p, half = item // 2, item % 2
-        part, row, columns = _half_source(p, half, ends, gated)
+        part, row, columns = _half_source(item // 2, item % 2, ends, gated)
         stride = sources[2 * part + 1]
         base = sources[2 * part] + row * stride
-        target = p * words * PANEL + half * HALF
-        for j in range(0, words, 16):
-            count = min(16, words - j)
-            for c in range(columns):
-                source = elements_at(base + c * stride + 4 * j, _U32)
-                for i in range(count):
-                    block[i * HALF + c] = source[i]
-            if int4:
-                for i in range(count * HALF):
-                    block[i] = _reorder_nibbles(block[i])
-            for i in range(count):
-                to = target + (j + i) * PANEL
-                for c in range(columns):
-                    out[to + c] = block[i * HALF + c]
-
-
-@jit
-def _reorder_nibbles(word: Any) -> Any:
-    """Nibble 2i + h goes to 4h + i."""
-    even, odd = word & np.uint32(0x0F0F0F0F), (word >> np.uint32(4)) & np.uint32(0x0F0F0F0F)
-    even = (even | (even >> np.uint32(4))) & np.uint32(0x00FF00FF)
-    odd = (odd | (odd >> np.uint32(4))) & np.uint32(0x00FF00FF)
-    even = (even | (even >> np.uint32(8))) & np.uint32(0x0000FFFF)
-    odd = (odd | (odd >> np.uint32(8))) & np.uint32(0x0000FFFF)
-    return even | (odd << np.uint32(16))
+        target = out + item // 2 * words * LINE_BYTES + item % 2 * (LINE_BYTES // 2)
+        for j in range(0, words, SIDE):
+            at, to = base + 4 * j, target + j * LINE_BYTES
+            if columns < HALF or j + SIDE > words:
+                _pack_part(at, stride, columns, min(SIDE, words - j), to)
+            elif int4:
+                _turn_int4(at, stride, to, LINE_BYTES)
+            else:
+                _turn_words(at, stride, to, LINE_BYTES)
 
 
 @parallel.Kernel
 def _pack_columns(job: Any) -> None:
-    """Sources are bfloat16 [K, rows], neighbouring rows side by side: what fused experts are on disk."""
+    """Sources are bfloat16 [K, rows], neighbouring rows side by side: what fused experts are on disk. Items: pairs of
+    k, a few neighbouring ones, so that the source is read in long runs."""
     args = elements_at(job, _I64)
-    items, pairs, out = args[1], args[2], elements_at(args[3], _U32)
+    items, pairs, out = args[1], args[2], args[3]
     sources, ends, gated, panels = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7]
     while True:
         item = take_item(job)
         if item >= items:
             return
         first = item * PAIRS_PER_ITEM
-        for p in range(panels):
-            for half in range(2):
-                part, row, columns = _half_source(p, half, ends, gated)
-                stride = sources[2 * part + 1]
-                for j in range(first, min(first + PAIRS_PER_ITEM, pairs)):
-                    low = elements_at(sources[2 * part] + 2 * j * stride + 2 * row, _U16)
-                    high = elements_at(sources[2 * part] + (2 * j + 1) * stride + 2 * row, _U16)
-                    to = (p * pairs + j) * PANEL + half * HALF
+        for half in range(2 * panels):
+            part, row, columns = _half_source(half // 2, half % 2, ends, gated)
+            stride = sources[2 * part + 1]
+            for j in range(first, min(first + PAIRS_PER_ITEM, pairs)):
+                low = sources[2 * part] + 2 * j * stride + 2 * row
+                to = out + (half // 2 * pairs + j) * LINE_BYTES + half % 2 * (LINE_BYTES // 2)
+                if columns == HALF:
+                    pair_tile(low, low + stride, to)
+                else:
                     for c in range(columns):
-                        out[to + c] = np.uint32(low[c]) | (np.uint32(high[c]) << np.uint32(16))
+                        elements_at(to, _U16)[2 * c] = elements_at(low, _U16)[c]
+                        elements_at(to, _U16)[2 * c + 1] = elements_at(low + stride, _U16)[c]
 
 
 def packs(rows: Sequence[int], size: int, gated: bool, group_size: int | None = None) -> bool:

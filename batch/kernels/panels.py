@@ -5,6 +5,10 @@ Legend: N out features (gate and up together), K in features, P = N / 32 panels.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +24,7 @@ from batch.kernels.tiles import has_avx512_vnni
 
 MIN_K = 32  # bfloat16 k in whole cache lines
 PAIRS_PER_ITEM = 4
+HUGE_PAGE = 2 << 20
 _I64, _U32, _U16 = np.int64(0), np.uint32(0), np.uint16(0)
 
 
@@ -49,17 +54,21 @@ def _pack_part(source: Any, stride: Any, columns: Any, count: Any, target: Any) 
 
 @parallel.Kernel
 def _pack_rows(job: Any) -> None:
-    """Sources are [rows, K] with neighbouring k in neighbouring words: `words` of 4 bytes a row. Items: half panels."""
+    """Sources are [rows, K] with neighbouring k in neighbouring words: `words` of 4 bytes a row. Items: half panels.
+
+    The arguments are those that `_pack` gives.
+    """
     args = elements_at(job, _I64)
-    items, words, out = args[1], args[2], args[3]
-    sources, ends, gated, int4 = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7] != 0
+    items, words, out, sources, ends = args[1], args[2], args[3], elements_at(args[4], _I64), elements_at(args[5], _I64)
+    gated, int4, panels, parts = args[6] != 0, args[7] != 0, args[8], args[9]
     while True:
         item = take_item(job)
         if item >= items:
             return
-        part, row, columns = _half_source(item // 2, item % 2, ends, gated)
-        stride = sources[2 * part + 1]
-        base = sources[2 * part] + row * stride
+        weight, half = item // (2 * panels), item % (2 * panels)
+        part, row, columns = _half_source(half // 2, half % 2, ends, gated)
+        stride = sources[2 * (weight * parts + part) + 1]
+        base = sources[2 * (weight * parts + part)] + row * stride
         target = out + item // 2 * words * LINE_BYTES + item % 2 * (LINE_BYTES // 2)
         for j in range(0, words, SIDE):
             at, to = base + 4 * j, target + j * LINE_BYTES
@@ -74,21 +83,21 @@ def _pack_rows(job: Any) -> None:
 @parallel.Kernel
 def _pack_columns(job: Any) -> None:
     """Sources are bfloat16 [K, rows], neighbouring rows side by side: what fused experts are on disk. Items: pairs of
-    k, a few neighbouring ones, so that the source is read in long runs."""
+    k, a few neighbouring ones, so that the source is read in long runs. The arguments are those that `_pack` gives."""
     args = elements_at(job, _I64)
-    items, pairs, out = args[1], args[2], args[3]
-    sources, ends, gated, panels = elements_at(args[4], _I64), elements_at(args[5], _I64), args[6] != 0, args[7]
+    items, pairs, out, sources, ends = args[1], args[2], args[3], elements_at(args[4], _I64), elements_at(args[5], _I64)
+    gated, panels, parts, per_weight = args[6] != 0, args[8], args[9], args[10]
     while True:
         item = take_item(job)
         if item >= items:
             return
-        first = item * PAIRS_PER_ITEM
+        weight, first = item // per_weight, item % per_weight * PAIRS_PER_ITEM
         for half in range(2 * panels):
             part, row, columns = _half_source(half // 2, half % 2, ends, gated)
-            stride = sources[2 * part + 1]
+            stride = sources[2 * (weight * parts + part) + 1]
             for j in range(first, min(first + PAIRS_PER_ITEM, pairs)):
-                low = sources[2 * part] + 2 * j * stride + 2 * row
-                to = out + (half // 2 * pairs + j) * LINE_BYTES + half % 2 * (LINE_BYTES // 2)
+                low = sources[2 * (weight * parts + part)] + 2 * j * stride + 2 * row
+                to = out + ((weight * panels + half // 2) * pairs + j) * LINE_BYTES + half % 2 * (LINE_BYTES // 2)
                 if columns == HALF:
                     pair_tile(low, low + stride, to)
                 else:
@@ -108,30 +117,23 @@ def packs(rows: Sequence[int], size: int, gated: bool, group_size: int | None = 
     return (whole or (len(rows) == 1 and group_size is None and not gated)) and size % MIN_K == 0
 
 
-def pack_dense(parts: Sequence[torch.Tensor], gated: bool, out: torch.Tensor | None = None) -> PanelLinear:
-    """bfloat16 weights [rows, K] over the same input → one PanelLinear, into `out` int32 [P, K/2, 32] if given.
+def pack_dense(
+    weights: Sequence[Sequence[torch.Tensor]], gated: bool, out: torch.Tensor | None = None
+) -> list[PanelLinear]:
+    """bfloat16 weights of one shape, each of one or more parts [rows, K] over the same input, into panels.
 
-    gated: parts are (gate, up). Parts lie in memory by rows or (transposed views) by columns.
+    gated: the parts are (gate, up). Parts lie in memory by rows or (transposed views) by columns. `out` int32
+    [weights, P, K/2, 32]: where they go.
     """
-    rows, size = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    words = torch.empty(panel_shape(rows, size), dtype=torch.int32) if out is None else out
+    rows, size = sum(part.shape[0] for part in weights[0]), weights[0][0].shape[1]
+    words = empty_words((len(weights), *panel_shape(rows, size))) if out is None else out
     if rows % PANEL:
-        words[-1] = 0
-    if all(part.stride(0) == 1 and part.shape[0] > 1 for part in parts):
-        sources = [n for part in parts for n in (part.data_ptr(), part.stride(1) * 2)]
-        items = -(-(size // 2) // PAIRS_PER_ITEM)
-        parallel.run(
-            _pack_columns, items, size // 2, words, torch.tensor(sources), _ends(parts), int(gated), len(words)
-        )
+        words[:, -1] = 0
+    if all(part.stride(0) == 1 and part.shape[0] > 1 for parts in weights for part in parts):
+        _pack(weights, words, gated, by_columns=True)
     else:
-        parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
-        _run_pack_rows(parts, words, gated, False)
-    return PanelLinear(words, gated, rows)
-
-
-def panel_shape(rows: int, size: int) -> tuple[int, int, int]:
-    """Of the words of a dense weight [rows, size]."""
-    return -(-rows // PANEL), size // 2, PANEL
+        _pack([[_by_rows(part) for part in parts] for parts in weights], words, gated)
+    return [PanelLinear(panels, gated, rows) for panels in words]
 
 
 def has_int8() -> bool:
@@ -140,27 +142,63 @@ def has_int8() -> bool:
 
 
 def pack_int4(
-    packed: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], gated: bool, int8_activations: bool = False
-) -> PanelInt4Linear:
-    """compressed-tensors INT4 (packed int32 [rows, K/8], scale bfloat16 [rows, K/128]) → one PanelInt4Linear."""
-    rows, count = sum(part.shape[0] for part in packed), packed[0].shape[1]
-    words = torch.empty((rows // PANEL, count, PANEL), dtype=torch.int32)
-    _run_pack_rows([part.contiguous() for part in packed], words, gated, True)
+    packed: Sequence[Sequence[torch.Tensor]],
+    scales: Sequence[Sequence[torch.Tensor]],
+    gated: bool,
+    int8_activations: bool = False,
+) -> list[PanelInt4Linear]:
+    """compressed-tensors INT4 weights of one shape, each of one or more parts (packed int32 [rows, K/8], scale bfloat16
+    [rows, K/128]), into panels."""
+    rows, count = sum(part.shape[0] for part in packed[0]), packed[0][0].shape[1]
+    words = empty_words((len(packed), rows // PANEL, count, PANEL))
+    _pack([[_by_rows(part) for part in parts] for parts in packed], words, gated, int4=True)
+    factors = torch.stack([_scale_panels(parts, gated) for parts in scales])  # [weights, P, K/128, 32]
+    return [PanelInt4Linear(*both, gated, int8_activations) for both in zip(words, factors, strict=True)]
+
+
+def _scale_panels(scales: Sequence[torch.Tensor], gated: bool) -> torch.Tensor:
+    """Scales of the parts [rows, K/128] → [P, K/128, 32]."""
     if gated:
-        halves = [scale.reshape(rows // PANEL, HALF, -1) for scale in scales]
-        joined = torch.cat(halves, dim=1)  # [P, 32, K/128]
+        joined = torch.cat([scale.unflatten(0, (-1, HALF)) for scale in scales], dim=1)  # [P, 32, K/128]
     else:
-        joined = torch.cat(list(scales)).reshape(rows // PANEL, PANEL, -1)
-    return PanelInt4Linear(words, joined.transpose(1, 2).contiguous(), gated, int8_activations)
+        joined = torch.cat(list(scales)).unflatten(0, (-1, PANEL))
+    return joined.transpose(1, 2)
 
 
-def _run_pack_rows(parts: Sequence[torch.Tensor], words: torch.Tensor, gated: bool, int4: bool) -> None:
-    sources = [n for part in parts for n in (part.data_ptr(), part.stride(0) * part.element_size())]
+def panel_shape(rows: int, size: int) -> tuple[int, int, int]:
+    """Of the words of a dense weight [rows, size]."""
+    return -(-rows // PANEL), size // 2, PANEL
+
+
+def empty_words(shape: tuple[int, ...]) -> torch.Tensor:
+    """An int32 tensor; a large one in huge pages where the kernel gives them, which are quicker to get and to walk."""
+    num_bytes = 4 * math.prod(shape)
+    if num_bytes < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.int32)
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    return torch.frombuffer(memory, dtype=torch.int32, count=num_bytes // 4, offset=start).view(shape)
+
+
+def _by_rows(part: torch.Tensor) -> torch.Tensor:
+    return part if part.stride(1) == 1 else part.contiguous()
+
+
+def _pack(
+    weights: Sequence[Sequence[torch.Tensor]], words: torch.Tensor, gated: bool, int4: bool = False,
+    by_columns: bool = False,
+) -> None:  # fmt: skip
+    """Parts [rows, K] of bfloat16 or of eight INT4 in an int32 → words int32 [weights, P, lines, 32]."""
+    count, panels, lines, _ = words.shape
+    step = 1 if by_columns else 0
+    sources = [
+        n for parts in weights for part in parts for n in (part.data_ptr(), part.stride(step) * part.element_size())
+    ]
+    ends = torch.tensor([0, *np.cumsum([part.shape[0] for part in weights[0]]).tolist(), -1])  # rows before each part
+    per_weight = -(-lines // PAIRS_PER_ITEM) if by_columns else 2 * panels
     parallel.run(
-        _pack_rows, 2 * len(words), words.shape[1], words, torch.tensor(sources), _ends(parts), int(gated), int(int4)
-    )
-
-
-def _ends(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """int64: rows before each part, all of them, and -1."""
-    return torch.tensor([0, *np.cumsum([part.shape[0] for part in parts]).tolist(), -1])
+        _pack_columns if by_columns else _pack_rows, count * per_weight, lines, words, torch.tensor(sources), ends,
+        int(gated), int(int4), panels, len(weights[0]), per_weight,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ from l4tool.core.arch import TextArch
 from l4tool.core.errors import CheckpointError, UsageError
 
 MODEL = "language_model.model."
+BATCH_BYTES = 256 << 20  # of a layer's experts that are mapped while they are packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,44 +124,56 @@ class Loader:
             return self._dense_bank(names, gated)
         form = forms[0]
         if self.packer is not None and form is not None and form.kind == "int4" and forms.count(form) == len(forms):
-            packed = [self._int4_panels(group, form.group_size, gated) for group in names]
-            whole = [part for part in packed if part is not None]
-            if len(whole) == len(names):
-                return tuple(whole)
+            rows, columns = self._shapes(names[0], "weight_packed")
+            if self.packer.packs(rows, 8 * columns, gated, form.group_size or 0):
+                return self._int4_panels(names, gated)
         joined = [tuple(self._part(prefix) for prefix in group) for group in names]
         return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
 
-    def _dense_bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
+    def _shapes(self, prefixes: list[str], suffix: str) -> tuple[list[int], int]:
+        """Rows of each, and the columns of all."""
         infos = self.reader.tensors()
-        shapes = [infos[f"{prefix}.weight"].shape for prefix in names[0]]
-        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        shapes = [infos[f"{prefix}.{suffix}"].shape for prefix in prefixes]
+        return [shape[0] for shape in shapes], shapes[0][1]
+
+    def _dense_bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
+        rows, columns = self._shapes(names[0], "weight")
         if self.packer is not None and self.packer.packs(rows, columns, gated):
-            shape = self.packer.panel_shape(sum(rows), columns)
-            words = torch.empty((len(names), *shape), dtype=torch.int32)
-            return tuple(self._dense_panels(group, gated, out) for group, out in zip(names, words, strict=True))
+            return self._dense_panels(names, gated, self.packer.panel_shape(sum(rows), columns))
         bank = torch.empty((len(names), sum(rows), columns), dtype=self.dtype, device=self.device)  # [E, N, K]
         for joined, group in zip(bank, names, strict=True):
             self._fill(joined, group)
         return tuple(DenseLinear(weight) for weight in bank.unbind(0))
 
-    def _dense_panels(self, prefixes: list[str], gated: bool, out: torch.Tensor) -> PanelLinear:
-        sources = [self.reader.read(f"{prefix}.weight").to(self.dtype) for prefix in prefixes]
-        packed: PanelLinear = self.packer.pack_dense(sources, gated, out)
-        for prefix in prefixes:
-            self.reader.release(f"{prefix}.weight")
-        return packed
+    def _dense_panels(
+        self, names: list[list[str]], gated: bool, shape: tuple[int, int, int]
+    ) -> tuple[PanelLinear, ...]:
+        words, packed = self.packer.empty_words((len(names), *shape)), []
+        for first, groups in self._batches(names, "weight"):
+            sources = [[self.reader.read(f"{prefix}.weight").to(self.dtype) for prefix in group] for group in groups]
+            packed += self.packer.pack_dense(sources, gated, words[first : first + len(groups)])
+            self._release(groups, "weight")
+        return tuple(packed)
 
-    def _int4_panels(self, prefixes: list[str], group_size: int | None, gated: bool) -> PanelInt4Linear | None:
-        """None where the shapes are not whole panels."""
-        packed = [self.reader.read(f"{prefix}.weight_packed") for prefix in prefixes]
-        rows, columns = [part.shape[0] for part in packed], packed[0].shape[1] * 8
-        if not self.packer.packs(rows, columns, gated, group_size or 0):
-            return None
-        scales = [self.reader.read(f"{prefix}.weight_scale").to(torch.bfloat16) for prefix in prefixes]
-        joined: PanelInt4Linear = self.packer.pack_int4(packed, scales, gated, self.int8_activations)
-        for prefix in prefixes:
-            self.reader.release(f"{prefix}.weight_packed")
-        return joined
+    def _int4_panels(self, names: list[list[str]], gated: bool) -> tuple[PanelInt4Linear, ...]:
+        made: list[PanelInt4Linear] = []
+        for _, groups in self._batches(names, "weight_packed"):
+            packed = [[self.reader.read(f"{prefix}.weight_packed") for prefix in group] for group in groups]
+            scales = [[self.reader.read(f"{prefix}.weight_scale").to(self.dtype) for prefix in g] for g in groups]
+            made += self.packer.pack_int4(packed, scales, gated, self.int8_activations)
+            self._release(groups, "weight_packed")
+        return tuple(made)
+
+    def _batches(self, names: list[list[str]], suffix: str) -> Iterator[tuple[int, list[list[str]]]]:
+        """(place of the first, as many of the weights as have BATCH_BYTES on disk): what is mapped at a time."""
+        infos = self.reader.tensors()
+        most = max(1, BATCH_BYTES // sum(infos[f"{prefix}.{suffix}"].nbytes for prefix in names[0]))
+        for first in range(0, len(names), most):
+            yield first, names[first : first + most]
+
+    def _release(self, names: list[list[str]], suffix: str) -> None:
+        for prefix in (prefix for group in names for prefix in group):
+            self.reader.release(f"{prefix}.{suffix}")
 
     def _fill(self, joined: torch.Tensor, prefixes: tuple[str, ...] | list[str]) -> None:
         row = 0
@@ -231,16 +244,25 @@ def _load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
 
 def tensors_of(weights: Any) -> Iterator[torch.Tensor]:
     """Every tensor in a tree of weight dataclasses and tuples."""
-    if isinstance(weights, torch.Tensor):
-        yield weights
-    elif isinstance(weights, tuple | list):
+    return (node for node in _walk(weights) if isinstance(node, torch.Tensor))
+
+
+def _walk(weights: Any) -> Iterator[Any]:
+    """Every node of the tree."""
+    yield weights
+    if isinstance(weights, tuple | list):
         for item in weights:
-            yield from tensors_of(item)
+            yield from _walk(item)
     elif is_dataclass(weights):
         for field in fields(weights):
-            yield from tensors_of(getattr(weights, field.name))
+            yield from _walk(getattr(weights, field.name))
 
 
 def nbytes_of(weights: Any) -> int:
-    """Bytes of all weights in a tree as they are stored in memory."""
-    return sum(tensor.nbytes for tensor in tensors_of(weights))
+    """Bytes of all weights in a tree as they are stored in memory, without what pads a router's only panel."""
+    padding = sum(_padding(weight) for weight in _walk(weights) if isinstance(weight, PanelLinear))
+    return sum(tensor.nbytes for tensor in tensors_of(weights)) - padding
+
+
+def _padding(weight: PanelLinear) -> int:
+    return weight.words.nbytes - 2 * weight.out_features * weight.in_features

@@ -13,6 +13,11 @@ if not tiles.has_avx512_bf16():
 
 from batch.kernels import cpu, cpu_panels, panels
 
+
+def pack(parts, gated=False):
+    return panels.pack_dense([parts], gated)[0]
+
+
 int8_too = pytest.mark.parametrize(
     "int8", [False, pytest.param(True, marks=pytest.mark.skipif(not panels.has_int8(), reason="no AVX512-VNNI"))]
 )
@@ -42,7 +47,7 @@ def int4(rows, columns):
 
 
 def int4_panels(parts, gated, int8=False):
-    return panels.pack_int4([part.packed for part in parts], [part.scale for part in parts], gated, int8)
+    return panels.pack_int4([[part.packed for part in parts]], [[part.scale for part in parts]], gated, int8)[0]
 
 
 def exact_int4(part):
@@ -55,10 +60,29 @@ def exact_int4(part):
 @pytest.mark.parametrize("layout", [lambda w: w, by_columns], ids=["by rows", "by columns"])
 def test_packing_dense_weights_loses_nothing(columns, layout):
     gate, up, odd = dense(48, columns), dense(48, columns), dense(19, columns)
-    assert torch.equal(panels.pack_dense([layout(gate), layout(up)], gated=True).dense(), torch.cat([gate, up]))
+    assert torch.equal(pack([layout(gate), layout(up)], gated=True).dense(), torch.cat([gate, up]))
     joined = [dense(64, columns), dense(32, columns), dense(32, columns)]
-    assert torch.equal(panels.pack_dense([layout(w) for w in joined], gated=False).dense(), torch.cat(joined))
-    assert torch.equal(panels.pack_dense([layout(odd)], gated=False).dense(), odd)
+    assert torch.equal(pack([layout(w) for w in joined], gated=False).dense(), torch.cat(joined))
+    assert torch.equal(pack([layout(odd)], gated=False).dense(), odd)
+
+
+@pytest.mark.parametrize("layout", [lambda w: w, by_columns], ids=["by rows", "by columns"])
+def test_packing_several_weights_at_once(layout):
+    weights = [[dense(32, 64), dense(32, 64)] for _ in range(5)]
+    for gated in (False, True):
+        made = panels.pack_dense([[layout(part) for part in parts] for parts in weights], gated)
+        assert all(torch.equal(ours.dense(), torch.cat(parts)) for ours, parts in zip(made, weights, strict=True))
+    parts = [[int4(32, 256)] for _ in range(5)]
+    made = panels.pack_int4([[p.packed for p in ps] for ps in parts], [[p.scale for p in ps] for ps in parts], False)
+    for ours, (part,) in zip(made, parts, strict=True):
+        assert torch.equal(ours.dense(), reference.dequantize_int4(part, torch.bfloat16))
+
+
+def test_large_panels_lie_in_aligned_memory_of_their_own():
+    words = panels.empty_words((3, 1024, 512, 32))
+    assert words.data_ptr() % panels.HUGE_PAGE == 0 and words.is_contiguous()
+    words.fill_(7)
+    assert words.sum() == 7 * words.numel()
 
 
 def test_packing_int4_weights_loses_nothing():
@@ -79,7 +103,7 @@ def test_what_can_be_packed():
 @pytest.mark.parametrize("rows", [*range(1, 14), 24, 25, 100])
 def test_dense_product(rows):
     x, w = torch.randn(rows, 96).bfloat16(), dense(80, 96)
-    got = ops.linear(x, panels.pack_dense([w], False))
+    got = ops.linear(x, pack([w], False))
     assert got.shape == (rows, 80)
     assert error(got, x.double() @ w.double().T) < 4e-3
 
@@ -109,8 +133,8 @@ def test_float32_sums_are_as_exact_as_float32(int8, monkeypatch):
 def test_gated_mlp(kind, rows):
     x = torch.randn(rows, 128).bfloat16()
     if kind == "dense":
-        gate_up = panels.pack_dense([dense(2048, 128), dense(2048, 128)], True)
-        down = panels.pack_dense([dense(64, 2048)], False)
+        gate_up = pack([dense(2048, 128), dense(2048, 128)], True)
+        down = pack([dense(64, 2048)], False)
     else:
         gate_up = int4_panels([int4(2048, 128), int4(2048, 128)], True, kind == "int8")
         down = int4_panels([int4(64, 2048)], False, kind == "int8")
@@ -122,13 +146,13 @@ def layer(kind, experts, hidden, inner, shared="same"):
 
     def pair(kind):
         if kind == "dense":
-            gate_up = panels.pack_dense([dense(inner, hidden), dense(inner, hidden)], True)
-            return gate_up, panels.pack_dense([dense(hidden, inner)], False)
+            gate_up = pack([dense(inner, hidden), dense(inner, hidden)], True)
+            return gate_up, pack([dense(hidden, inner)], False)
         gate_up = int4_panels([int4(inner, hidden), int4(inner, hidden)], True, kind == "int8")
         return gate_up, int4_panels([int4(hidden, inner)], False, kind == "int8")
 
     pairs = [pair(kind) for _ in range(experts)]
-    router = panels.pack_dense([torch.randn(experts, hidden).bfloat16()], False)
+    router = pack([torch.randn(experts, hidden).bfloat16()], False)
     return router, Experts(*zip(*pairs, strict=True)), *pair(kind if shared == "same" else shared)
 
 
@@ -155,7 +179,7 @@ def test_moe_where_all_tokens_choose_one_expert():
     biased = torch.zeros(4, 64).bfloat16()
     biased[2] = 1
     x = torch.rand(70, 64).bfloat16() + 0.1
-    weights = (panels.pack_dense([biased], False), *rest)
+    weights = (pack([biased], False), *rest)
     for ours, theirs in zip(ops.moe(x, *weights), reference.moe(x, *weights), strict=True):
         assert error(ours, theirs) < 1.5e-2
 
@@ -204,7 +228,7 @@ def test_int8_rows_equal_the_reference():
 
 def test_a_result_with_spread_rows_is_the_same():
     """Rows 4096 bytes apart would fall into one another's cache lines, so they are given room."""
-    gate_up = panels.pack_dense([dense(2048, 64), dense(2048, 64)], True)
+    gate_up = pack([dense(2048, 64), dense(2048, 64)], True)
     x = torch.randn(20, 64).bfloat16()
     bank, groups = cpu_panels.Bank.of([gate_up]), cpu_panels.one_weight(20, 64)
     spread = cpu_panels.product((x,), bank, groups, spread=True)
@@ -215,7 +239,7 @@ def test_a_result_with_spread_rows_is_the_same():
 def test_rows_do_not_depend_on_their_company():
     """Up to the number of rows from which INT4 panels are expanded, whose values are rounded."""
     x = torch.randn(24, 256).bfloat16()
-    for weight in (panels.pack_dense([dense(64, 256)], False), int4_panels([int4(64, 256)], False)):
+    for weight in (pack([dense(64, 256)], False), int4_panels([int4(64, 256)], False)):
         together = ops.linear(x, weight)
         assert all(torch.equal(ops.linear(x[i : i + n], weight), together[i : i + n]) for i in (0, 7) for n in (1, 5))
 
@@ -223,13 +247,13 @@ def test_rows_do_not_depend_on_their_company():
 def test_not_finite_inputs_stay_not_finite():
     x = torch.randn(3, 128).bfloat16()
     x[1, 5] = float("nan")
-    got = ops.linear(x, panels.pack_dense([dense(32, 128)], False))
+    got = ops.linear(x, pack([dense(32, 128)], False))
     assert got[1].isnan().all() and got[0].isfinite().all() and got[2].isfinite().all()
 
 
 def test_inputs_that_are_not_contiguous():
     wide = torch.randn(6, 256).bfloat16()
-    weight = panels.pack_dense([dense(32, 128)], False)
+    weight = pack([dense(32, 128)], False)
     assert torch.equal(ops.linear(wide[:, :128], weight), ops.linear(wide[:, :128].contiguous(), weight))
     turned = torch.randn(128, 6).bfloat16().T
     assert error(ops.linear(turned, weight), reference.linear(turned, weight)) < 4e-3
@@ -249,7 +273,7 @@ def test_the_dispatcher_uses_the_panels(monkeypatch):
 
 def test_kinds_are_not_mixed_in_one_bank():
     part = int4_panels([int4(32, 128)], False)
-    other = panels.pack_dense([dense(32, 128)], False)
+    other = pack([dense(32, 128)], False)
     assert cpu_panels.same_kind([part, part]) and not cpu_panels.same_kind([part, other])
     assert not cpu_panels.same_kind([part, replace(part, int8_activations=True)])
     assert not cpu_panels.same_kind([DenseLinear(dense(32, 128))])

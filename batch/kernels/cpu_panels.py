@@ -18,7 +18,16 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
-from batch.kernels.panel_tiles import INT8_ORDER, LINE_BYTES, MAX_ROWS, dense_tile, expand_int4, int4_tile, int8_tile
+from batch.kernels.panel_tiles import (
+    INT8_ORDER,
+    LINE_BYTES,
+    MAX_ROWS,
+    call_tile,
+    dense_tile,
+    expand_int4,
+    int4_tile,
+    int8_tile,
+)
 from batch.kernels.simd import elements_at, jit, narrow, take_item, widen
 
 ITEM_BYTES = 512 * 1024  # of weights, half of a usual L2 cache
@@ -39,96 +48,103 @@ _int8_1, _int8_2, _int8_3, _int8_4, _int8_5, _int8_6 = (int8_tile(rows) for rows
 _int8_7, _int8_8, _int8_9, _int8_10, _int8_11, _int8_12 = (int8_tile(rows) for rows in range(7, 13))
 
 
-@jit
-def _run_dense(rows: Any, x: Any, x_bytes: Any, w: Any, pairs: Any, outs: Any, gated: Any) -> None:
-    """One tile of 1 to 12 rows; see `panel_tiles.dense_tile`."""
-    if rows == 12:
-        _dense_12(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 11:
-        _dense_11(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 10:
-        _dense_10(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 9:
-        _dense_9(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 8:
-        _dense_8(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 7:
-        _dense_7(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 6:
-        _dense_6(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 5:
-        _dense_5(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 4:
-        _dense_4(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 3:
-        _dense_3(x, x_bytes, w, pairs, outs, gated)
-    elif rows == 2:
-        _dense_2(x, x_bytes, w, pairs, outs, gated)
-    else:
-        _dense_1(x, x_bytes, w, pairs, outs, gated)
+# Each of the three is compiled on its own, when a weight of its kind is met first: together they take seconds.
 
 
-@jit
-def _run_int4(
-    rows: Any, x: Any, x_bytes: Any, w: Any, scale: Any, groups: Any, sums: Any, outs: Any, gated: Any
-) -> None:
-    """One tile of 1 to 12 rows; see `panel_tiles.int4_tile`."""
-    if rows == 12:
-        _int4_12(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 11:
-        _int4_11(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 10:
-        _int4_10(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 9:
-        _int4_9(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 8:
-        _int4_8(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 7:
-        _int4_7(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 6:
-        _int4_6(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 5:
-        _int4_5(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 4:
-        _int4_4(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 3:
-        _int4_3(x, x_bytes, w, scale, groups, sums, outs, gated)
-    elif rows == 2:
-        _int4_2(x, x_bytes, w, scale, groups, sums, outs, gated)
-    else:
-        _int4_1(x, x_bytes, w, scale, groups, sums, outs, gated)
-
-
-@jit
-def _run_int8(
-    rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, groups: Any, sums: Any, outs: Any,
+def _run_dense(
+    rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
     gated: Any,
 ) -> None:  # fmt: skip
-    """One tile of 1 to 12 rows; see `panel_tiles.int8_tile`."""
+    """One tile of 1 to 12 rows: `panel_tiles.dense_tile`."""
     if rows == 12:
-        _int8_12(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_12(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 11:
-        _int8_11(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_11(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 10:
-        _int8_10(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_10(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 9:
-        _int8_9(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_9(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 8:
-        _int8_8(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_8(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 7:
-        _int8_7(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_7(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 6:
-        _int8_6(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_6(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 5:
-        _int8_5(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_5(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 4:
-        _int8_4(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_4(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 3:
-        _int8_3(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_3(x, x_bytes, w, size // 2, outs, gated)
     elif rows == 2:
-        _int8_2(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_2(x, x_bytes, w, size // 2, outs, gated)
     else:
-        _int8_1(x, x_bytes, x_scale, x_base, w, scale, groups, sums, outs, gated)
+        _dense_1(x, x_bytes, w, size // 2, outs, gated)
+
+
+def _run_int4(
+    rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
+    gated: Any,
+) -> None:  # fmt: skip
+    """One tile of 1 to 12 rows: `panel_tiles.int4_tile`."""
+    if rows == 12:
+        _int4_12(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 11:
+        _int4_11(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 10:
+        _int4_10(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 9:
+        _int4_9(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 8:
+        _int4_8(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 7:
+        _int4_7(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 6:
+        _int4_6(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 5:
+        _int4_5(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 4:
+        _int4_4(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 3:
+        _int4_3(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 2:
+        _int4_2(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    else:
+        _int4_1(x, x_bytes, w, scale, size // PANEL_GROUP, sums, outs, gated)
+
+
+def _run_int8(
+    rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
+    gated: Any,
+) -> None:  # fmt: skip
+    """One tile of 1 to 12 rows: `panel_tiles.int8_tile`."""
+    if rows == 12:
+        _int8_12(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 11:
+        _int8_11(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 10:
+        _int8_10(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 9:
+        _int8_9(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 8:
+        _int8_8(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 7:
+        _int8_7(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 6:
+        _int8_6(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 5:
+        _int8_5(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 4:
+        _int8_4(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 3:
+        _int8_3(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    elif rows == 2:
+        _int8_2(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+    else:
+        _int8_1(x, x_bytes, x_scale, x_base, w, scale, size // PANEL_GROUP, sums, outs, gated)
+
+
+_RUN = tuple(parallel.Kernel(run, arguments=11) for run in (_run_dense, _run_int4, _run_int8))  # by kind
 
 
 @jit
@@ -145,12 +161,11 @@ def _product(job: Any) -> None:
     x, tail, tail_row, out, out_bytes = args[2], args[3], args[4], args[5], args[6]
     table, addresses, order = elements_at(args[7], _I64), elements_at(args[8], _I64), elements_at(args[9], _I64)
     ordered, size, panels, per_item, per_group = args[10], args[11], args[12], args[13], args[14]
-    gated, int4, int8, x_bytes, tail_bytes = args[15], args[16] != BF16, args[16] == INT8, args[17], args[18]
-    expands, counter, x_scale, x_base = int4 and not int8, job + 8 * 20, args[21], args[22]
+    gated, kind, x_bytes, tail_bytes, run, run_dense = args[15], args[16], args[17], args[18], args[23], args[24]
     width = 2 * HALF if gated else 2 * PANEL  # bytes of a row that one panel gives
-    pairs, groups = size // 2, size // PANEL_GROUP
-    panel_bytes, scale_bytes = (pairs // 4 if int4 else pairs) * LINE_BYTES, groups * PANEL * 2
-    expanded = args[19] + take_item(counter) * pairs * LINE_BYTES if expands else 0
+    groups, expands, counter = size // PANEL_GROUP, kind == INT4, job + 8 * 20
+    panel_bytes, scale_bytes = size // (2 if kind == BF16 else 8) * LINE_BYTES, groups * PANEL * 2
+    expanded = args[19] + take_item(counter) * (size // 2) * LINE_BYTES if expands else 0
     sums, outs = np.empty(MAX_ROWS * PANEL, np.float32), np.empty(MAX_ROWS, np.int64)
     at_sums, at_outs, items = sums.ctypes.data, outs.ctypes.data, table[0] * per_group
     while True:
@@ -170,24 +185,18 @@ def _product(job: Any) -> None:
                 for tile in range(tiles):
                     low, high = rows * tile // tiles, rows * (tile + 1) // tiles
                     _place_rows(outs, target + p * width, out_bytes, order, ordered, begin + low, begin + high)
-                    _run_dense(high - low, source + low * row_bytes, row_bytes, expanded, pairs, at_outs, gated)
+                    at = source + low * row_bytes
+                    call_tile(run_dense, high - low, at, row_bytes, 0, 0, expanded, 0, size, at_sums, at_outs, gated)
             continue
         for tile in range(tiles):
             low, high = rows * tile // tiles, rows * (tile + 1) // tiles
             _place_rows(outs, target, out_bytes, order, ordered, begin + low, begin + high)
-            at, taken = source + low * row_bytes, high - low
+            at, taken, at_group = source + low * row_bytes, high - low, (begin + low) * groups * 4
             for p in range(count):
-                panel, factors = w + p * panel_bytes, scale + p * scale_bytes
-                if int8:
-                    at_group = (begin + low) * groups * 4
-                    _run_int8(
-                        taken, at, row_bytes, x_scale + at_group, x_base + at_group, panel, factors, groups, at_sums,
-                        at_outs, gated,
-                    )  # fmt: skip
-                elif int4:
-                    _run_int4(taken, at, row_bytes, panel, factors, groups, at_sums, at_outs, gated)
-                else:
-                    _run_dense(taken, at, row_bytes, panel, pairs, at_outs, gated)
+                call_tile(
+                    run, taken, at, row_bytes, args[21] + at_group, args[22] + at_group, w + p * panel_bytes,
+                    scale + p * scale_bytes, size, at_sums, at_outs, gated,
+                )  # fmt: skip
                 for m in range(taken):
                     outs[m] += width
 
@@ -284,7 +293,7 @@ def product(
         _product, groups.most * per_group, x, tail, len(x), out, out.stride(0) * 2, groups.table, bank.addresses,
         0 if order is None else order, 0 if order is None else len(order), bank.in_features, bank.panels,
         bank.per_item, per_group, int(bank.gated), bank.kind, x.stride(0) * width, tail.stride(0) * width,
-        _scratch(bank.in_features), 0, *meta,
+        _scratch(bank.in_features), 0, *meta, _RUN[bank.kind].compiled.address, _RUN[BF16].compiled.address,
     )  # fmt: skip
     return out if room == bank.width else out[:, : bank.width]
 

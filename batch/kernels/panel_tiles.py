@@ -309,3 +309,18 @@ def _scaled_pairs(builder: Any, pairs: Any, factor: Any) -> Any:
     both = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low)
     both = builder.bitcast(both, ir.VectorType(ir.IntType(16), 32))
     return builder.bitcast(_shuffle(builder, both, both, [n for i in range(16) for n in (i, 16 + i)]), I32X16)
+
+
+@intrinsic
+def call_tile(
+    typingctx: Any, address: Any, rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any,
+    size: Any, sums: Any, outs: Any, gated: Any,
+) -> Any:  # fmt: skip
+    """Call the machine code at `address`, which takes the other eleven integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [I64] * (len(args) - 1))
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 12), codegen

@@ -52,6 +52,12 @@ def _pair(builder: Any, address: Any) -> Any:
     return builder.bitcast(_broadcast(builder, word), I32X16)
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at any address, valid or not, into L2."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 2, 1)))
+
+
 def _by_rows(builder: Any, rows: Any, emit: Callable[[int], None]) -> None:
     """emit(1) … emit(MAX_TILE_ROWS), of which the one for `rows` (int64) runs."""
     cases = [builder.append_basic_block(f"rows_{count}") for count in range(1, MAX_TILE_ROWS + 1)]
@@ -80,16 +86,19 @@ def _vectors(builder: Any, address: Any, count: int) -> list[Any]:
 
 
 def score_tile(vectors: int) -> Any:
-    """An intrinsic tile(rows, q, at, pair_bytes, size, out): 1 to 6 `rows` of q · 16 `vectors` keys.
+    """An intrinsic tile(rows, q, at, pair_bytes, size, ahead, out): 1 to 6 `rows` of q · 16 `vectors` keys.
 
     q: bfloat16 rows of `size` bytes. at: address of int64 addresses, one per 16 keys, of their first pair of dims; the
-    next pair lies pair_bytes further. Row m's float32 products go to out + m · 4 KEYS.
+    next pair lies pair_bytes further. Row m's float32 products go to out + m · 4 KEYS. What lies `ahead` bytes behind
+    each vector is asked for: it will be needed soon.
     """
 
     @intrinsic
-    def tile(typingctx: Any, rows: Any, q: Any, at: Any, pair_bytes: Any, size: Any, out: Any) -> Any:
+    def tile(
+        typingctx: Any, rows: Any, q: Any, at: Any, pair_bytes: Any, size: Any, ahead: Any, out: Any
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rows, q, at, pair_bytes, size, out = args
+            rows, q, at, pair_bytes, size, ahead, out = args
             keys = [_load(builder, builder.add(at, _constant(8 * n)), I64) for n in range(vectors)]
 
             def emit(count: int) -> None:
@@ -97,7 +106,10 @@ def score_tile(vectors: int) -> Any:
                 initial = [_constant(0)] + [_splat(F32X16, 0.0)] * (count * vectors)
                 with _loop(builder, size, 4, initial) as loop:
                     place, *old = loop.old
-                    right = [_load(builder, builder.add(key, place), I32X16) for key in keys]
+                    places = [builder.add(key, place) for key in keys]
+                    right = [_load(builder, address, I32X16) for address in places]
+                    for address in places:
+                        _prefetch(builder, builder.add(address, ahead))
                     new = _multiply(builder, old, q_rows, loop.offset, right)
                     loop.new = [builder.add(place, pair_bytes), *new]
                 targets = _rows(builder, out, _constant(4 * KEYS), count)
@@ -108,26 +120,27 @@ def score_tile(vectors: int) -> Any:
             _by_rows(builder, rows, emit)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile
 
 
 def value_tile(vectors: int) -> Any:
-    """An intrinsic tile(rows, p, at, pairs, runs, pair_bytes, skip, shrink, out): weights · values.
+    """An intrinsic tile(rows, p, at, pairs, runs, pair_bytes, skip, ahead, shrink, out): weights · values.
 
     out[m] = out[m] · shrink[m] + Σ p[m] · v for 1 to 6 `rows` and 16 `vectors` dims. p: bfloat16 rows [KEYS]; the
     values of its pairs of keys lie in `runs` ≥ 1 runs: at[r] is the address of the first of pairs[r] ≥ 1 pairs of run
     r, pair_bytes apart. out: float32 rows, pair_bytes apart as well. In both the dims begin `skip` bytes into the row.
+    What lies ahead[r] bytes behind each vector of run r is asked for.
     """
 
     @intrinsic
     def tile(
-        typingctx: Any, rows: Any, p: Any, at: Any, pairs: Any, runs: Any, pair_bytes: Any, skip: Any, shrink: Any,
-        out: Any,
+        typingctx: Any, rows: Any, p: Any, at: Any, pairs: Any, runs: Any, pair_bytes: Any, skip: Any, ahead: Any,
+        shrink: Any, out: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rows, p, at, pairs, runs, pair_bytes, skip, shrink, out = args
+            rows, p, at, pairs, runs, pair_bytes, skip, ahead, shrink, out = args
             out = builder.add(out, skip)
 
             def emit(count: int) -> None:
@@ -139,10 +152,14 @@ def value_tile(vectors: int) -> Any:
                 with _loop(builder, builder.mul(runs, _constant(8)), 8, [_constant(0), *sums]) as run:
                     done, *old = run.old
                     begin = builder.add(_load(builder, builder.add(at, run.offset), I64), skip)
+                    further = _load(builder, builder.add(ahead, run.offset), I64)
                     size = builder.mul(_load(builder, builder.add(pairs, run.offset), I64), _constant(4))
                     with _loop(builder, size, 4, [begin, *old]) as loop:
                         place, *old = loop.old
-                        right = [_load(builder, address, I32X16) for address in _vectors(builder, place, vectors)]
+                        places = _vectors(builder, place, vectors)
+                        right = [_load(builder, address, I32X16) for address in places]
+                        for address in places:
+                            _prefetch(builder, builder.add(address, further))
                         new = _multiply(builder, old, p_rows, builder.add(done, loop.offset), right)
                         loop.new = [builder.add(place, pair_bytes), *new]
                     run.new = [builder.add(done, size), *loop.new[1:]]
@@ -152,7 +169,7 @@ def value_tile(vectors: int) -> Any:
             _by_rows(builder, rows, emit)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return tile
 

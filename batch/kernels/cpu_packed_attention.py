@@ -65,6 +65,7 @@ class _Local(NamedTuple):
     keys: int
     runs: int
     pairs: int
+    ahead: int
     odd: int
 
 
@@ -80,12 +81,13 @@ def _scratch(start: Any, dim: Any) -> Any:
     keys = shrink + VECTOR_BYTES
     runs = keys + 2 * VECTOR_BYTES
     pairs = runs + 2 * VECTOR_BYTES
-    return _Local(start, mixed, sums, best, scores, weights, shrink, keys, runs, pairs, pairs + 2 * VECTOR_BYTES)
+    ahead = pairs + 2 * VECTOR_BYTES
+    return _Local(start, mixed, sums, best, scores, weights, shrink, keys, runs, pairs, ahead, ahead + 2 * VECTOR_BYTES)
 
 
 @jit
 def _scratch_bytes(dim: Any) -> Any:
-    return MAX_ROWS * (6 * dim + VECTOR_BYTES) + MAX_TILE_ROWS * 6 * KEYS + 11 * VECTOR_BYTES + 4 * dim
+    return MAX_ROWS * (6 * dim + VECTOR_BYTES) + MAX_TILE_ROWS * 6 * KEYS + 13 * VECTOR_BYTES + 4 * dim
 
 
 @jit
@@ -100,12 +102,16 @@ def _locate_keys(at: Any, shape: Any, keys: Any, table: Any, first: Any, count: 
 
 
 @jit
-def _locate_values(local: Any, shape: Any, values: Any, table: Any, first: Any, count: Any) -> Any:
+def _locate_values(
+    local: Any, shape: Any, keys: Any, values: Any, table: Any, first: Any, count: Any, last: Any
+) -> Any:
     """Runs of pairs of keys first … first + count, one a block; returns how many. The last of an odd number of keys is
     copied, with zeros for a partner: weight 0 times what lies in the cache there might be NaN."""
     at, pairs, runs, done = elements_at(local.runs, _I64), elements_at(local.pairs, _I64), 0, 0
+    ahead = elements_at(local.ahead, _I64)
     while done < count:
         block, offset = (first + done) // shape.block_size, (first + done) % shape.block_size
+        following = min(first + done + KEYS, last - 1) // shape.block_size
         start = values + np.int64(table[block]) * shape.block_bytes + offset * 2 * shape.dim
         take = min(count - done, shape.block_size - offset)
         if take > 1:
@@ -117,6 +123,7 @@ def _locate_values(local: Any, shape: Any, values: Any, table: Any, first: Any, 
                 alone[d] = words[d] & np.int32(0xFFFF)
             at[runs], pairs[runs] = local.odd, 1
             done += 1
+        ahead[runs] = keys - values + (np.int64(table[following]) - np.int64(table[block])) * shape.block_bytes
         runs += 1
     return runs
 
@@ -141,26 +148,26 @@ def _softmax_rows(local: Any, row: Any, rows: Any, first_visible: Any, ahead: An
 @jit
 def _attend_tile(
     local: Any, shape: Any, table: Any, keys: Any, values: Any, first: Any, count: Any, row: Any, rows: Any,
-    first_visible: Any, ahead: Any,
+    first_visible: Any, ahead: Any, last: Any,
 ) -> None:  # fmt: skip
     """Local rows row … row + rows take in the keys first … first + count, of which `_softmax_rows` says who sees what."""
     q_bytes, pair_bytes = 2 * shape.dim, PAIR_BYTES * shape.block_size
     _locate_keys(elements_at(local.keys, _I64), shape, keys, table, first, count)
     done, queries = 0, local.queries + row * q_bytes
     while count - done > 32:
-        _score_64(rows, queries, local.keys + done // 2, pair_bytes, q_bytes, local.scores + 4 * done)
+        _score_64(rows, queries, local.keys + done // 2, pair_bytes, q_bytes, values - keys, local.scores + 4 * done)
         done += 64
     if done < count:
-        _score_32(rows, queries, local.keys + done // 2, pair_bytes, q_bytes, local.scores + 4 * done)
+        _score_32(rows, queries, local.keys + done // 2, pair_bytes, q_bytes, values - keys, local.scores + 4 * done)
     _softmax_rows(local, row, rows, first_visible, ahead, shape.group, shape.factor)
-    runs = _locate_values(local, shape, values, table, first, count)
+    runs = _locate_values(local, shape, keys, values, table, first, count, last)
     value_bytes, done = PAIR_BYTES * shape.dim, 0
     at, pairs, out = local.runs, local.pairs, local.mixed + row * value_bytes
     while done + 64 <= shape.dim:
-        _mix_64(rows, local.weights, at, pairs, runs, value_bytes, 4 * done, local.shrink, out)
+        _mix_64(rows, local.weights, at, pairs, runs, value_bytes, 4 * done, local.ahead, local.shrink, out)
         done += 64
     if done < shape.dim:
-        _mix_32(rows, local.weights, at, pairs, runs, value_bytes, 4 * done, local.shrink, out)
+        _mix_32(rows, local.weights, at, pairs, runs, value_bytes, 4 * done, local.ahead, local.shrink, out)
 
 
 @jit
@@ -176,7 +183,8 @@ def _attend_keys(
             if count > 0:
                 visible = min(seen, end) - first
                 _attend_tile(
-                    local, shape, table, keys, values, first, min(count, KEYS), row + ahead, part, visible, ahead
+                    local, shape, table, keys, values, first, min(count, KEYS), row + ahead, part, visible, ahead,
+                    end,
                 )
 
 

@@ -31,7 +31,7 @@ HEADS = {"mini": (16, 4, 64), "Scout": (40, 8, 128)}  # query heads, kv heads, h
 
 @dataclass(frozen=True)
 class Case:
-    """`seqs` sequences with `queries` new tokens each, the last of which sees `context` keys, `shared` of them common."""
+    """`seqs` sequences with `queries` new tokens each; the last sees `context` keys, `shared` of them common to all."""
 
     name: str
     seqs: int
@@ -63,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(case: Case, heads: tuple[int, int, int], dtype: torch.dtype, size: int) -> tuple[list[LayerCache], PagedBatch]:
+def build(
+    case: Case, heads: tuple[int, int, int], dtype: torch.dtype, size: int
+) -> tuple[list[LayerCache], PagedBatch]:
     """Caches of random values, blocks in a random order, and the step."""
     _, kv_heads, dim = heads
     width = -(-case.context // size)

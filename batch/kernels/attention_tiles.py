@@ -52,7 +52,7 @@ def _pair(builder: Any, address: Any) -> Any:
     return builder.bitcast(_broadcast(builder, word), I32X16)
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _ask_for(builder: Any, address: Any) -> None:
     """Ask for the cache line at any address, valid or not, into L2."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 2, 1)))
@@ -94,9 +94,7 @@ def score_tile(vectors: int) -> Any:
     """
 
     @intrinsic
-    def tile(
-        typingctx: Any, rows: Any, q: Any, at: Any, pair_bytes: Any, size: Any, ahead: Any, out: Any
-    ) -> Any:
+    def tile(typingctx: Any, rows: Any, q: Any, at: Any, pair_bytes: Any, size: Any, ahead: Any, out: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, q, at, pair_bytes, size, ahead, out = args
             keys = [_load(builder, builder.add(at, _constant(8 * n)), I64) for n in range(vectors)]
@@ -109,7 +107,7 @@ def score_tile(vectors: int) -> Any:
                     places = [builder.add(key, place) for key in keys]
                     right = [_load(builder, address, I32X16) for address in places]
                     for address in places:
-                        _prefetch(builder, builder.add(address, ahead))
+                        _ask_for(builder, builder.add(address, ahead))
                     new = _multiply(builder, old, q_rows, loop.offset, right)
                     loop.new = [builder.add(place, pair_bytes), *new]
                 targets = _rows(builder, out, _constant(4 * KEYS), count)
@@ -159,7 +157,7 @@ def value_tile(vectors: int) -> Any:
                         places = _vectors(builder, place, vectors)
                         right = [_load(builder, address, I32X16) for address in places]
                         for address in places:
-                            _prefetch(builder, builder.add(address, further))
+                            _ask_for(builder, builder.add(address, further))
                         new = _multiply(builder, old, p_rows, builder.add(done, loop.offset), right)
                         loop.new = [builder.add(place, pair_bytes), *new]
                     run.new = [builder.add(done, size), *loop.new[1:]]
@@ -283,7 +281,7 @@ def softmax_part() -> Any:
                 for half in (0, 1):
                     value, mask = masked(loop.offset, half)
                     loop.new.append(_larger(builder, builder.select(mask, value, lowest), loop.old[half]))
-            minus = state.begin(_larger(builder, *loop.new))
+            minus = state.begin(_larger(builder, loop.new[0], loop.new[1]))
             with _loop(builder, size, 2 * VECTOR_BYTES, [zero]) as loop:
                 pair = []
                 for half in (0, 1):
@@ -291,8 +289,8 @@ def softmax_part() -> Any:
                     weight = _exp2(builder, _fma(builder, value, state.factor, minus))
                     pair.append(builder.select(mask, weight, zero))
                 address = builder.add(weights, builder.lshr(loop.offset, _constant(1)))
-                _store_weights(builder, *pair, address)
-                loop.new = [builder.fadd(loop.old[0], builder.fadd(*pair))]
+                _store_weights(builder, pair[0], pair[1], address)
+                loop.new = [builder.fadd(loop.old[0], builder.fadd(pair[0], pair[1]))]
             state.end(loop.new[0])
             return context.get_dummy_value()
 

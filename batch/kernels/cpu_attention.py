@@ -179,9 +179,7 @@ def _attend_keys(
                 best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
             else:
                 scores[m] = 0
-        _mix_tile_rows(
-            like, rows, dim, at_p, values, key_bytes, table, block_size, block_bytes, first, count, at_mixed
-        )
+        _mix_tile_rows(like, rows, dim, at_p, values, key_bytes, table, block_size, block_bytes, first, count, at_mixed)
 
 
 @jit

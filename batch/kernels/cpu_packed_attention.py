@@ -52,8 +52,8 @@ class _Shape(NamedTuple):
 class _Local(NamedTuple):
     """Addresses of one thread's scratch, for up to MAX_ROWS rows: bfloat16 queries [rows, D], float32 mixed [rows, D],
     sums [rows, 16] and best [rows]; for one register tile: float32 scores [6, KEYS], bfloat16 weights [6, KEYS],
-    float32 shrink [6]; int64 addresses of vectors of keys and of runs of values, int64 pairs in each run; one pair of
-    values [D, 2]."""
+    float32 shrink [6]; int64 addresses of vectors of keys and of runs of values, pairs in each run, and how far ahead
+    of it lies what is needed next; one pair of values [D, 2]."""
 
     queries: int
     mixed: int
@@ -105,8 +105,9 @@ def _locate_keys(at: Any, shape: Any, keys: Any, table: Any, first: Any, count: 
 def _locate_values(
     local: Any, shape: Any, keys: Any, values: Any, table: Any, first: Any, count: Any, last: Any
 ) -> Any:
-    """Runs of pairs of keys first … first + count, one a block; returns how many. The last of an odd number of keys is
-    copied, with zeros for a partner: weight 0 times what lies in the cache there might be NaN."""
+    """Runs of pairs of keys first … first + count, one a block, and where the keys of the next tile lie, below `last`;
+    returns how many. The last of an odd number of keys is copied, with zeros for a partner: weight 0 times what lies
+    in the cache there might be NaN."""
     at, pairs, runs, done = elements_at(local.runs, _I64), elements_at(local.pairs, _I64), 0, 0
     ahead = elements_at(local.ahead, _I64)
     while done < count:
@@ -132,7 +133,6 @@ def _locate_values(
 def _softmax_rows(local: Any, row: Any, rows: Any, first_visible: Any, ahead: Any, group: Any, factor: Any) -> None:
     """Scores of `rows` local rows from `row` on become weights. The row `ahead` rows before sees first_visible of the
     tile's keys, and every G rows see one more."""
-    size = 0
     for i in range(rows):
         visible = first_visible + (ahead + i) // group
         scores, weights = local.scores + i * 4 * KEYS, local.weights + i * 2 * KEYS
@@ -150,7 +150,8 @@ def _attend_tile(
     local: Any, shape: Any, table: Any, keys: Any, values: Any, first: Any, count: Any, row: Any, rows: Any,
     first_visible: Any, ahead: Any, last: Any,
 ) -> None:  # fmt: skip
-    """Local rows row … row + rows take in the keys first … first + count, of which `_softmax_rows` says who sees what."""
+    """Local rows row … row + rows take in the keys first … first + count, seen as `_softmax_rows` says; `last`: the
+    block table has the blocks of so many keys."""
     q_bytes, pair_bytes = 2 * shape.dim, PAIR_BYTES * shape.block_size
     _locate_keys(elements_at(local.keys, _I64), shape, keys, table, first, count)
     done, queries = 0, local.queries + row * q_bytes
@@ -183,8 +184,7 @@ def _attend_keys(
             if count > 0:
                 visible = min(seen, end) - first
                 _attend_tile(
-                    local, shape, table, keys, values, first, min(count, KEYS), row + ahead, part, visible, ahead,
-                    end,
+                    local, shape, table, keys, values, first, min(count, KEYS), row + ahead, part, visible, ahead, end
                 )
 
 
@@ -252,19 +252,18 @@ def _attend(job: Any) -> None:
             _gather_rows(local, shape, q, begins[s], ends[s], head, rows)
             rows += (ends[s] - begins[s]) * shape.group
         _clear(local, shape, rows)
+        if common > 0:  # all segments' rows together
+            table = elements_at(args[6] + 4 * seqs[first[work]] * args[7], _I32)
+            _attend_keys(local, shape, table, keys, values, 0, common, 0, rows, common)
         row = 0
-        for s in range(first[work] - (common > 0), first[work + 1]):
-            seq = seqs[max(s, first[work])]
+        for s in range(first[work], first[work + 1]):
+            seq, queries = seqs[s], ends[s] - begins[s]
             table = elements_at(args[6] + 4 * seq * args[7], _I32)
-            if s < first[work]:  # all segments' rows together
-                _attend_keys(local, shape, table, keys, values, 0, common, 0, rows, common)
-                continue
-            count = (ends[s] - begins[s]) * shape.group
-            seen = cached[seq] - (last_row[seq] - begins[s]) + 1
-            end = seen + (ends[s] - begins[s]) - 1
-            _attend_keys(local, shape, table, keys, values, common, end, row, count, seen)
+            seen = cached[seq] - (last_row[seq] - begins[s]) + 1  # positions that the segment's first query sees
+            rows = queries * shape.group
+            _attend_keys(local, shape, table, keys, values, common, seen + queries - 1, row, rows, seen)
             _store_rows(local, shape, out, begins[s], ends[s], head, row)
-            row += count
+            row += rows
 
 
 def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:

@@ -20,7 +20,14 @@ from batch.model.model import Model, load_model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from l4tool.core.errors import UsageError
-from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
+from quant.memory import (
+    CPU_BLOCK,
+    DEFAULT_MAX_BATCH_TOKENS,
+    DEFAULT_MAX_SEQS,
+    LARGEST_BLOCK,
+    largest_block,
+    step_bytes,
+)
 
 
 class Detokenizer(Protocol):
@@ -194,7 +201,8 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     """Options with their defaults filled in. Raises UsageError."""
     text = model.arch.text
     max_batch_tokens = options.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS
-    block_size = options.block_size or largest_block(text)
+    most = CPU_BLOCK if model.device.type == "cpu" else LARGEST_BLOCK
+    block_size = options.block_size or largest_block(text, most)
     if text.attention_chunk_size % block_size:
         raise UsageError(
             f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from batch.kernels import cpu_attention, cpu_fused, cpu_linear, cpu_panels, cpu_quant, reference
+from batch.kernels import (
+    cpu_attention,
+    cpu_fused,
+    cpu_linear,
+    cpu_packed_attention,
+    cpu_panels,
+    cpu_quant,
+    reference,
+)
 from batch.kernels.cpu_panels import Bank
 from batch.kernels.linears import (
     DenseLinear,
@@ -26,7 +34,7 @@ from batch.kernels.linears import (
     PanelInt4Linear,
     PanelLinear,
 )
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 
 # bfloat16 products of dense weights with more rows per group than this are torch's: measured at [8192, 5120] and
 # [4096, 1024], the tiles are ahead below and a few per cent behind above.
@@ -43,20 +51,23 @@ def add_rms_norm(
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """As `reference.store_qkv`."""
     kernels = cpu_fused if cpu_fused.fits(qkv) else reference
-    return kernels.store_qkv(qkv, num_heads, k_cache, v_cache, slots, rotation, norm_eps, q_scale)
+    return kernels.store_qkv(qkv, num_heads, cache, slots, rotation, norm_eps, q_scale)
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """As `reference.paged_attention`."""
-    kernels = cpu_attention if cpu_attention.fits(q, k_cache) else reference
-    return kernels.paged_attention(q, k_cache, v_cache, batch, scale)
+    for kernels in (cpu_packed_attention, cpu_attention):
+        if kernels.fits(q, cache):
+            return kernels.paged_attention(q, cache, batch, scale)
+    return reference.paged_attention(q, cache, batch, scale)
+
+
+packs_cache = cpu_packed_attention.packs
 
 
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:

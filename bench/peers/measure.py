@@ -1,4 +1,7 @@
-"""What every peer script measures the same way: wall and CPU seconds, peak memory. Standard library only."""
+"""What every peer script measures the same way: wall and CPU seconds, peak memory, prompt and decode speed.
+
+Standard library only: it also runs in the peers' own environments.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,35 @@ def cpu_seconds() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Of this process, or of its largest child."""
+    """Of this process, or of its largest child, since they began."""
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(who).ru_maxrss for who in both) * 1024
+
+
+def take_peak_rss(pid: int | str = "self") -> int:
+    """Peak resident bytes of one process since it began or was asked last; mapped files count. Linux."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def warm_up_prompts(job: dict[str, Any]) -> list[list[int]]:
+    """A few of the largest scenario's prompts: enough for a step of every kind."""
+    largest = max(job["scenarios"], key=lambda scenario: len(scenario["prompts"]))
+    prompts: list[list[int]] = largest["prompts"][:8]
+    return prompts
+
+
+def figures(timed: Timed, scenario: dict[str, Any], steps: list[tuple[float, int, int]]) -> dict[str, Any]:
+    """One scenario's result. `steps`: (seconds, tokens computed, sequences) of every step of the engine.
+
+    A step with one token per sequence is a decode step; every other one counts as prompt, whatever else is in it.
+    """
+    decode = [step for step in steps if step[1] == step[2]]
+    decode_s = sum(step[0] for step in decode)
+    prompt_s = sum(step[0] for step in steps) - decode_s
+    return {
+        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "peak_rss_bytes": take_peak_rss(), "prompt_s": prompt_s,
+        "prompt_tokens_s": sum(map(len, scenario["prompts"])) / prompt_s,
+        "decode_tokens_s": sum(step[2] for step in decode) / max(decode_s, 1e-9),
+    }  # fmt: skip

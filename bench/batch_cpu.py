@@ -97,7 +97,7 @@ def checkpoints(arguments: argparse.Namespace) -> dict[str, Path]:
         if not (found["int4"] / "config.json").exists():
             tool = [sys.executable, "-c", "from l4tool.main import run; run()", "quantize", str(dense)]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            subprocess.run([*tool, str(found["int4"]), "--int4"], check=True, env=environment)
+            subprocess.run([*tool, "-o", str(found["int4"]), "--int4"], check=True, env=environment)
     return found
 
 
@@ -214,9 +214,9 @@ def main() -> None:
             machines.append(measured_machine(arguments))
             for engine in arguments.engines:
                 runs.append(run_engine(engine, arguments, models, scenarios, Path(folder)) | {"round": number})
-        if arguments.json:
-            figures = {"machines": [asdict(machine) for machine in machines], "runs": runs}
-            arguments.json.write_text(json.dumps(figures, indent=1))
+                if arguments.json:  # after every run: one that fails later loses nothing
+                    figures = {"machines": [asdict(machine) for machine in machines], "runs": runs}
+                    arguments.json.write_text(json.dumps(figures, indent=1))
         print(f"best of {arguments.rounds} rounds; {best_of(machines)}")
         for scenario in scenarios:
             print_scenario(scenario, runs, costs, best_of(machines))

@@ -67,7 +67,7 @@ def checkpoint(work: Path, weights: str) -> Path:
         maker = [sys.executable, str(ROOT / "examples/make_checkpoint.py"), str(dense), "--preset", "scout-width"]
         subprocess.run([*maker, "--layers", "1", "--text-only"], check=True, env=environment)
     if weights == "int4":
-        tool = [sys.executable, "-c", "from l4tool.main import run; run()", "quantize", str(dense), str(packed)]
+        tool = [sys.executable, "-c", "from l4tool.main import run; run()", "quantize", str(dense), "-o", str(packed)]
         subprocess.run([*tool, "--int4", "--scale", "absmax"], check=True, env=environment)
     return folder
 

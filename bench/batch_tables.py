@@ -17,8 +17,8 @@ TARGETS = {
 }
 BF16_PEERS = ("vllm", "llamacpp-bf16", "transformers")
 HEADER = [
-    "", "seconds", "prompt tok/s", "decode tok/s", "CPU s", "peak RSS", "load s", "× best peer", "target", "limit s",
-    "share of limit",
+    "", "seconds", "prompt tok/s", "decode tok/s", "CPU s", "others' CPU", "peak RSS", "load s", "× best peer", "target",
+    "limit s", "share of limit",
 ]  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def _row(
         seconds += f" (–{figures['worst_s']:.2f})"
     row = [
         engine, seconds, f"{figures['prompt_tokens_s']:.0f}", f"{figures['decode_tokens_s']:.0f}",
-        f"{figures['cpu_s']:.1f}", format_bytes(figures["peak_rss_bytes"]), f"{figures['load_s']:.1f}",
+        f"{figures['cpu_s']:.1f}", f"{figures['others_cpu_s'] / figures['seconds']:.0%}",
+        format_bytes(figures["peak_rss_bytes"]), f"{figures['load_s']:.1f}",
     ]  # fmt: skip
     row += [f"{ratio[0]:.2f}", f"≤ {ratio[1]:.2f} {'✓' if ratio[0] <= ratio[1] else '✗'}"] if ratio else ["", ""]
     if limit is None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import read_job, take_peak_rss, write_result
+from measure import machine_cpu_seconds, read_job, take_peak_rss, write_result
 
 
 def command_of(job: dict[str, Any]) -> list[str]:
@@ -45,18 +45,19 @@ def main() -> None:
     began = time.perf_counter()
     process = subprocess.Popen(command_of(job), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
-    found, cpu_s, load_s = [], 0.0, 0.0
+    found, cpu_s, load_s, machine_s = [], 0.0, 0.0, 0.0
     for line in process.stdout:
         if not line.startswith("{"):
             continue
         row = json.loads(line)
         load_s = load_s or time.perf_counter() - began - row["t"]
-        now = cpu_seconds_of(process.pid)
+        now, machine_now = cpu_seconds_of(process.pid), machine_cpu_seconds()
+        others_s = max(machine_now - machine_s - (now - cpu_s), 0.0)
         found.append({
-            "seconds": row["t"], "cpu_s": now - cpu_s, "peak_rss_bytes": take_peak_rss(process.pid),
-            "prompt_s": row["t_pp"], "prompt_tokens_s": row["speed_pp"], "decode_tokens_s": row["speed_tg"],
+            "seconds": row["t"], "cpu_s": now - cpu_s, "others_cpu_s": others_s,
+            "peak_rss_bytes": take_peak_rss(process.pid), "prompt_s": row["t_pp"], "prompt_tokens_s": row["speed_pp"], "decode_tokens_s": row["speed_tg"],
         })  # fmt: skip
-        cpu_s = now
+        cpu_s, machine_s = now, machine_now
     if process.wait() or len(found) != len(job["scenarios"]) + 1:
         raise SystemExit(f"llama-batched-bench: exit code {process.returncode}, {len(found)} results")
     names = [scenario["name"] for scenario in job["scenarios"]]

@@ -31,11 +31,13 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
+    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
+    cache alone; `block_size` is in tokens. So many engines as
     `memory_share` says have this memory to themselves."""
 
     device: str = "cpu"
     dtype: str | None = None
+    activations: str = "auto"
     prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
@@ -71,10 +73,9 @@ class EmbeddedBackend:
     ) -> None:
         options = options or EmbeddedOptions()
         self.tokenizer = tokenizer
-        loaded = (
-            model if isinstance(model, Model) else load_model(open_checkpoint(model), options.device, options.dtype)
-        )
-        self.engine = Engine(loaded, engine_config(loaded, options), eos_token_ids)
+        if not isinstance(model, Model):
+            model = load_model(open_checkpoint(model), options.device, options.dtype, options.activations)
+        self.engine = Engine(model, engine_config(model, options), eos_token_ids)
 
     @property
     def stats(self) -> EngineStats:

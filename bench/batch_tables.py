@@ -17,8 +17,8 @@ TARGETS = {
 }
 BF16_PEERS = ("vllm", "llamacpp-bf16", "transformers")
 HEADER = [
-    "", "seconds", "prompt tok/s", "decode tok/s", "CPU s", "others' CPU", "peak RSS", "load s", "× best peer", "target",
-    "limit s", "share of limit",
+    "", "seconds", "prompt tok/s", "decode tok/s", "CPU s", "others' CPU", "peak RSS", "load s", "× best peer",
+    "target", "limit s", "share of limit",
 ]  # fmt: skip
 
 

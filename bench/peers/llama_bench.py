@@ -55,7 +55,8 @@ def main() -> None:
         others_s = max(machine_now - machine_s - (now - cpu_s), 0.0)
         found.append({
             "seconds": row["t"], "cpu_s": now - cpu_s, "others_cpu_s": others_s,
-            "peak_rss_bytes": take_peak_rss(process.pid), "prompt_s": row["t_pp"], "prompt_tokens_s": row["speed_pp"], "decode_tokens_s": row["speed_tg"],
+            "peak_rss_bytes": take_peak_rss(process.pid), "prompt_s": row["t_pp"],
+            "prompt_tokens_s": row["speed_pp"], "decode_tokens_s": row["speed_tg"],
         })  # fmt: skip
         cpu_s, machine_s = now, machine_now
     if process.wait() or len(found) != len(job["scenarios"]) + 1:

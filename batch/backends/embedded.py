@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ import torch
 from batch.backends.base import RequestSource
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
+from batch.backends.warm_up import warm_up
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
@@ -32,7 +35,7 @@ class Detokenizer(Protocol):
 @dataclass(frozen=True)
 class EmbeddedOptions:
     """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves."""
+    `memory_share` says have this memory to themselves. `first_alone`: see `Scheduler`."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -42,6 +45,7 @@ class EmbeddedOptions:
     max_seqs: int | None = None
     block_size: int | None = None
     memory_share: int = 1
+    first_alone: bool = False
 
 
 @dataclass(eq=False)
@@ -71,10 +75,11 @@ class EmbeddedBackend:
     ) -> None:
         options = options or EmbeddedOptions()
         self.tokenizer = tokenizer
-        loaded = (
-            model if isinstance(model, Model) else load_model(open_checkpoint(model), options.device, options.dtype)
-        )
-        self.engine = Engine(loaded, engine_config(loaded, options), eos_token_ids)
+        if not isinstance(model, Model):
+            reader = open_checkpoint(model)
+            with warm_up(reader, options.device, options.dtype):
+                model = load_model(reader, options.device, options.dtype)
+        self.engine = Engine(model, engine_config(model, options), eos_token_ids)
 
     @property
     def stats(self) -> EngineStats:
@@ -82,6 +87,18 @@ class EmbeddedBackend:
 
     def run(self, source: RequestSource) -> Iterator[GenerationResult]:
         """Results in the order in which they finish; one per request, whatever happens to it."""
+        stats, resumed_s = self.stats, time.perf_counter()
+        with contextlib.closing(self._run(source)) as results:
+            for result in results:
+                left_s = time.perf_counter()
+                stats.run_s += left_s - resumed_s
+                yield result
+                resumed_s = time.perf_counter()
+                stats.output_wait_s += resumed_s - left_s
+                stats.run_s += resumed_s - left_s
+        stats.run_s += time.perf_counter() - resumed_s
+
+    def _run(self, source: RequestSource) -> Generator[GenerationResult, None, None]:
         jobs: dict[int, _Job] = {}  # by id(): keys are the caller's and may repeat
         try:
             while True:
@@ -103,7 +120,9 @@ class EmbeddedBackend:
     def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
         """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
         while self.engine.wants_more:
+            began_s = time.perf_counter()
             request = source.take(wait=not self.engine.has_work)
+            self.stats.input_wait_s += time.perf_counter() - began_s
             if request is None:
                 return
             job = _Job(request)
@@ -203,4 +222,4 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache)
+    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)

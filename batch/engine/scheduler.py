@@ -33,9 +33,7 @@ class Scheduler:
     `first_alone`: before anything else runs, one sequence with a short answer does, so that a run has an early result.
     """
 
-    def __init__(
-        self, blocks: BlockManager, max_seqs: int, max_batch_tokens: int, first_alone: bool = False
-    ) -> None:
+    def __init__(self, blocks: BlockManager, max_seqs: int, max_batch_tokens: int, first_alone: bool = False) -> None:
         assert 0 < max_seqs <= max_batch_tokens, f"{max_seqs} sequences do not fit a step of {max_batch_tokens} tokens"
         self.blocks = blocks
         self.max_seqs = max_seqs
@@ -66,7 +64,8 @@ class Scheduler:
         self.admitted = []
         self._budget = self.max_batch_tokens
         preempted_before = self.num_preemptions
-        decoding, in_prompt = [], []
+        decoding: list[Sequence] = []
+        in_prompt: list[Sequence] = []
         for sequence in self.running:
             (decoding if sequence.num_left == 1 else in_prompt).append(sequence)
         for sequence in (*decoding, *in_prompt):

@@ -23,7 +23,14 @@ from batch.model.model import Model, load_model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from l4tool.core.errors import UsageError
-from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
+from quant.memory import (
+    CPU_BLOCK,
+    DEFAULT_MAX_BATCH_TOKENS,
+    DEFAULT_MAX_SEQS,
+    LARGEST_BLOCK,
+    largest_block,
+    step_bytes,
+)
 
 
 class Detokenizer(Protocol):
@@ -34,11 +41,13 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves. `first_alone`: see `Scheduler`."""
+    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
+    cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
+    `first_alone`: see `Scheduler`."""
 
     device: str = "cpu"
     dtype: str | None = None
+    activations: str = "auto"
     prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
@@ -77,8 +86,8 @@ class EmbeddedBackend:
         self.tokenizer = tokenizer
         if not isinstance(model, Model):
             reader = open_checkpoint(model)
-            with warm_up(reader, options.device, options.dtype):
-                model = load_model(reader, options.device, options.dtype)
+            with warm_up(reader, options.device, options.dtype, options.activations):
+                model = load_model(reader, options.device, options.dtype, options.activations)
         self.engine = Engine(model, engine_config(model, options), eos_token_ids)
 
     @property
@@ -212,7 +221,8 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     """Options with their defaults filled in. Raises UsageError."""
     text = model.arch.text
     max_batch_tokens = options.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS
-    block_size = options.block_size or largest_block(text)
+    most = CPU_BLOCK if model.device.type == "cpu" else LARGEST_BLOCK
+    block_size = options.block_size or largest_block(text, most)
     if text.attention_chunk_size % block_size:
         raise UsageError(
             f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",

@@ -21,9 +21,7 @@ import torch
 
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sequence import Sequence
-from batch.model.model import Model, resolve_dtype
-from batch.model.text import TextModel
-from batch.model.weights import Loader, load_text
+from batch.model.model import load_model
 from batch.requests import SamplingParams
 from converters.quant_config import LinearFormat
 from converters.reader import Reader, TensorInfo
@@ -35,14 +33,14 @@ LAYER = "language_model.model.layers."
 
 
 class WarmUp:
-    """`with WarmUp(reader, dtype):` load the weights; at the end the kernels are ready too.
+    """`with WarmUp(reader, dtype, activations):` load the weights; at the end the kernels are ready too.
 
     What fails here does not end the run: the first step meets it again, with a sequence to blame. L4TOOL_DEBUG shows
     it.
     """
 
-    def __init__(self, reader: Reader, dtype: str | None) -> None:
-        self._reader, self._dtype = reader, resolve_dtype(dtype, reader.arch)
+    def __init__(self, reader: Reader, dtype: str | None, activations: str) -> None:
+        self._reader, self._dtype, self._activations = reader, dtype, activations
         self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
         self._is_wanted = True
 
@@ -59,7 +57,7 @@ class WarmUp:
 
     def _run(self) -> None:
         try:
-            for _ in tiny_steps(self._reader, self._dtype):
+            for _ in tiny_steps(self._reader, self._dtype, self._activations):
                 if not self._is_wanted:
                     return
         except Exception:
@@ -67,12 +65,10 @@ class WarmUp:
                 traceback.print_exc()
 
 
-def tiny_steps(reader: Reader, dtype: torch.dtype) -> Iterator[list[Sequence]]:
+def tiny_steps(reader: Reader, dtype: str | None, activations: str = "auto") -> Iterator[list[Sequence]]:
     """The steps of a tiny model with the layers of `reader`'s: long and short prompts, alone and together."""
-    tiny, device = TinyReader(reader), torch.device("cpu")
-    with torch.inference_mode():
-        text = TextModel(tiny.arch.text, load_text(Loader(tiny, device, dtype), tiny.arch.text))
-    engine = Engine(Model(tiny.arch, text, None, device, dtype), EngineConfig(512, 16, 16 << 20, 16), eos_token_ids=())
+    model = load_model(TinyReader(reader), "cpu", dtype, activations)
+    engine = Engine(model, EngineConfig(512, 16, 16 << 20, 16), eos_token_ids=())
     # One long prompt, sequences with a common beginning, one that decodes alone at the end.
     for name, length in enumerate((600, *itertools.repeat(40, 9), 1)):
         engine.add(name, [1] * (length - 1) + [2 + name], SamplingParams(6 if length == 1 else 3))
@@ -107,10 +103,12 @@ class TinyReader(Reader):
         return infos
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        kind = self._real.tensors()[self._real_name(name)].dtype
-        if not kind.is_floating_point:
-            return torch.randint(-(2**31), 2**31 - 1, self._shape(name), generator=self._random, dtype=kind)
-        return torch.randn(self._shape(name), generator=self._random).mul_(0.02).to(kind)
+        real = self._real.read(self._real_name(name))  # a view: nothing is read
+        if real.dtype.is_floating_point:
+            tiny = torch.randn(self._shape(name), generator=self._random).mul_(0.02).to(real.dtype)
+        else:
+            tiny = torch.randint(-(2**31), 2**31 - 1, self._shape(name), generator=self._random, dtype=real.dtype)
+        return tiny if real.is_contiguous() else tiny.T.contiguous().T  # fused experts are stored [in, out]
 
     def release(self, name: str) -> None:
         pass
@@ -196,10 +194,10 @@ def _linear_shape(kind: str, prefix: str, text: TextArch) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def warm_up(reader: Reader, device: str, dtype: str | None) -> Iterator[None]:
+def warm_up(reader: Reader, device: str, dtype: str | None, activations: str = "auto") -> Iterator[None]:
     """While it is open, the CPU kernels that `reader`'s model needs are made ready; on other devices nothing is."""
     if torch.device(device).type != "cpu":
         yield
         return
-    with WarmUp(reader, dtype):
+    with WarmUp(reader, dtype, activations):
         yield

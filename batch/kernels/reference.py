@@ -9,8 +9,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
-from batch.kernels.paging import PagedBatch
+from batch.kernels.linears import (
+    PANEL_GROUP,
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
+from batch.kernels.paging import LayerCache, PagedBatch
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
 
@@ -52,23 +62,22 @@ def l2_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """qkv [T, (A + 2K)·D] → q [T, A, D]; k and v go into the caches [num_blocks, B, K, D] at slots int64 [T].
+    """qkv [T, (A + 2K)·D] → q [T, A, D]; k and v go into the cache at slots int64 [T].
 
     Rope layers give `rotation` (cos, sin float32 [T, D/2]) and, for QK norm after it, `norm_eps`; NoPE layers give
     `q_scale` float32 [T] (temperature) or None.
     """
-    q, k, v = split_qkv(qkv, num_heads, k_cache.shape[2])
+    q, k, v = split_qkv(qkv, num_heads, cache.num_kv_heads)
     if rotation is not None:
         q, k = rotate(q, *rotation).to(qkv.dtype), rotate(k, *rotation).to(qkv.dtype)
         if norm_eps is not None:
             q, k = l2_norm(q, norm_eps), l2_norm(k, norm_eps)
     elif q_scale is not None:
         q = (q * q_scale[:, None, None]).to(qkv.dtype)  # [T, A, D] · [T, 1, 1]
-    k_cache.flatten(0, 1)[slots] = k  # [num_blocks · B, K, D]
-    v_cache.flatten(0, 1)[slots] = v
+    cache.write(slots, k, v)
     return q.contiguous()
 
 
@@ -79,22 +88,19 @@ def split_qkv(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[tor
     return q, k, v
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """Causal attention of q [T, A, D] over each sequence's blocks → [T, A·D].
 
     A query at position p sees the cached positions kv_start ≤ position ≤ p of its own sequence.
     """
     if batch.max_query_len == 1:
-        return _decode_attention(q, k_cache, v_cache, batch, scale)
+        return _decode_attention(q, cache, batch, scale)
     out = torch.empty_like(q)
     for seq, (begin, end, context) in enumerate(batch.ranges()):
         if begin == end:
             continue
-        blocks = batch.block_table[seq, : -(-context // k_cache.shape[1])].long()
-        k = k_cache[blocks].flatten(0, 1)[:context]  # [C, K, D]
-        v = v_cache[blocks].flatten(0, 1)[:context]  # [C, K, D]
+        k, v = cache.read(batch.block_table[seq, : -(-context // cache.block_size)].long())
+        k, v = k.flatten(0, 1)[:context], v.flatten(0, 1)[:context]  # [C, K, D]
         out[begin:end] = causal_attention(q[begin:end], k, v, scale)
     return out.flatten(1)  # [T, A·D]
 
@@ -119,14 +125,11 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     return out[0].transpose(0, 1)  # [Q, A, D]
 
 
-def _decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def _decode_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """One query per sequence, all sequences padded to the longest in one call: q [S, A, D] → [S, A·D]."""
-    num_blocks = -(-batch.max_context_len // k_cache.shape[1])
-    blocks = batch.block_table[:, :num_blocks].long()
-    k = k_cache[blocks].flatten(1, 2)  # [S, C, K, D]
-    v = v_cache[blocks].flatten(1, 2)
+    num_blocks = -(-batch.max_context_len // cache.block_size)
+    k, v = cache.read(batch.block_table[:, :num_blocks].long())
+    k, v = k.flatten(1, 2), v.flatten(1, 2)  # [S, C, K, D]
     visible = torch.arange(k.shape[1], device=q.device) < batch.cached_len[:, None]  # [S, C]
     # Padding lies in other sequences' blocks: weight 0 times their NaN, should one have it, would be NaN here.
     k.masked_fill_(~visible[:, :, None, None], 0)
@@ -158,12 +161,26 @@ def quantize_fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.to(x.dtype), scale
 
 
+def quantize_int8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] → (integers -127 … 127 as float32 [T, K], float32 scale [T, K/G] = absmax / 127)."""
+    groups = x.float().unflatten(-1, (-1, group_size))  # [T, K/G, G]
+    scale = groups.abs().amax(-1) / 127.0
+    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+    return torch.round(groups * inverse[..., None]).flatten(1), scale
+
+
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     """x [T, K] · weightᵀ → [T, N]."""
     if isinstance(weight, DenseLinear):
         return F.linear(x, weight.weight)
     if isinstance(weight, Int4Linear):
         return F.linear(x, dequantize_int4(weight, x.dtype))
+    if isinstance(weight, PanelInt4Linear) and weight.int8_activations:
+        q, scale = quantize_int8_groups(x, PANEL_GROUP)
+        exact = (q.unflatten(-1, (*scale.shape[1:], PANEL_GROUP)) * scale[..., None]).flatten(1)  # [T, K]
+        return F.linear(exact, weight.dense().float()).to(x.dtype)
+    if isinstance(weight, PanelLinear | PanelInt4Linear):
+        return F.linear(x, weight.dense().to(x.dtype))
     if isinstance(weight, Fp8Linear):
         return fp8_linear(x, weight, weight.weight.to(x.dtype))
     assert isinstance(weight, FusedLinear)

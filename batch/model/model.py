@@ -57,11 +57,16 @@ class Model:
         return [self.vision.encode(torch.from_numpy(image.pixels)) for image in images]
 
 
-def load_model(reader: Reader, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Model:
-    """Load every weight of a checkpoint. dtype None: the checkpoint's own. Raises DeviceError, UsageError,
-    CheckpointError."""
+def load_model(
+    reader: Reader,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    activations: str = "auto",
+) -> Model:
+    """Load every weight of a checkpoint. dtype None: the checkpoint's own. activations "int8": inputs of INT4 weights
+    are quantized before each product. Raises DeviceError, UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
-    loader = Loader(reader, where, kind)
+    loader = Loader(reader, where, kind, activations)
     try:
         with torch.inference_mode():
             text = TextModel(reader.arch.text, load_text(loader, reader.arch.text))

@@ -11,7 +11,6 @@ from l4tool.main import main
 PROBE = """
 import gc, json, sys
 from pathlib import Path
-import torch
 from batch.backends.base import ListSource
 from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 from batch.backends.warm_up import tiny_steps
@@ -31,7 +30,7 @@ def run(backend, lengths):
     assert all(r.error_code is None for r in backend.run(ListSource(requests)))
 
 reader = open_checkpoint(folder)
-steps = sum(1 for _ in tiny_steps(reader, getattr(torch, dtype)))
+steps = sum(1 for _ in tiny_steps(reader, dtype))
 warm = ready()
 options = EmbeddedOptions(dtype=dtype, max_batch_tokens=512)
 backend = EmbeddedBackend(load_model(reader, "cpu", dtype), Tokenizer.load(folder), options, ())
@@ -64,7 +63,7 @@ def test_a_failing_warm_up_leaves_the_run_alone(scout_tiny, tokenizer, monkeypat
     from batch.backends import warm_up
     from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 
-    def broken(reader, dtype):
+    def broken(reader, dtype, activations):
         raise RuntimeError("no compiler")
         yield
 

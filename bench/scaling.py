@@ -4,8 +4,10 @@
   python bench/scaling.py                                   100, 1,000, 10,000 and 100,000 lines
   python bench/scaling.py --lines 100 1000 --plot out.png
 
-Each run is a process of its own with the real engine. The lines are short (a question of some 20 tokens, 4 new ones),
+Each run is a process of its own with the real engine. The lines are short (a question of some 20 tokens, 2 new ones),
 so that what grows with the file would show: reader, journal, scheduler, output. Loading is not in the seconds per line.
+The KV cache is held to --kv-memory: it keeps what was computed for as long as it has room, so by itself it would fill its
+default, half of the free memory, and show nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from l4tool.core.console import note, table  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
-    parser.add_argument("--new-tokens", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=2)
+    parser.add_argument("--kv-memory", default="64MiB")
     parser.add_argument("--model", type=Path, help="default: a tiny one of two layers, made on the fly")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     parser.add_argument("--json", type=Path, help="also write every figure here; given with --redraw, read them")
@@ -52,12 +55,13 @@ def write_lines(target: Path, count: int, new_tokens: int) -> None:
             file.write(json.dumps({"id": number, "prompt": text} | fields) + "\n")
 
 
-def one_run(source: Path, model: Path, folder: Path) -> dict[str, float]:
+def one_run(source: Path, model: Path, folder: Path, kv_memory: str) -> dict[str, float]:
     """Seconds and peak memory of one command."""
     output, summary = folder / f"{source.stem}.out.jsonl", folder / f"{source.stem}.summary.json"
     command = [sys.executable, "-c", COMMAND, "batch", str(source), str(output), "--model", str(model), "--quiet"]
+    command += ["--kv-memory", kv_memory, "--summary", str(summary)]
     began = time.monotonic()
-    process = subprocess.Popen([*command, "--summary", str(summary)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.monotonic() - began
     assert status == 0, f"the command ended with {status}"
@@ -117,11 +121,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
         model = arguments.model or make_model(folder / "model")
         warm = folder / "warm.jsonl"
         write_lines(warm, 8, arguments.new_tokens)
-        one_run(warm, model, folder)  # kernels are compiled, files in the page cache
+        one_run(warm, model, folder, arguments.kv_memory)  # kernels are compiled, files in the page cache
         for count in arguments.lines:
             source = folder / f"lines-{count}.jsonl"
             write_lines(source, count, arguments.new_tokens)
-            runs.append(one_run(source, model, folder))
+            runs.append(one_run(source, model, folder, arguments.kv_memory))
             note(f"{count:,} lines: {runs[-1]['run_s']:.1f} s")
     return runs
 

@@ -6,7 +6,7 @@
 
 Each run is a process of its own with the real engine. The lines are short (a question of some 20 tokens, 2 new ones),
 so that what grows with the file would show: reader, journal, scheduler, output. Loading is not in the seconds per line.
-The KV cache is held to --kv-memory: it keeps what was computed for as long as it has room, so by itself it would fill its
+The KV cache is held to --kv-memory: it keeps what was computed for as long as it has room, so it would slowly fill its
 default, half of the free memory, and show nothing.
 """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from batch.engine.blocks import BlockManager
-from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages
+from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages, encoder_of
 from batch.engine.logit_rules import LogitRules, apply_rules
 from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
@@ -70,7 +70,7 @@ class Engine:
             )
         self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
         self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens, config.first_alone)
-        self.features = FeatureCache(model.encode_images, MAX_FEATURE_BYTES if config.prefix_cache else 0)
+        self.features = FeatureCache(encoder_of(model), MAX_FEATURE_BYTES if config.prefix_cache else 0)
         self.runner = Runner(model, self.blocks, self.features)
         self.stats = EngineStats()
         self._good_steps = 0

@@ -5,15 +5,18 @@ Legend as in batch/model/inputs.py: T tokens, S sequences, P image rows, N rows 
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
-from batch.engine.image_features import FeatureCache
+from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
+from batch.requests import ImageTiles
 
 
 class ImageEncodingError(Exception):
@@ -93,15 +96,19 @@ class Runner:
 
     def _images(self, plan: list[Piece], query_start: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """image_rows int64 [P] and image_features [P, H] of the step, or None twice."""
+        shown = [
+            (piece, min(piece.end, piece.sequence.prompt_len), images, first)
+            for piece, first in zip(plan, query_start, strict=False)
+            if (images := piece.sequence.images) is not None and piece.start < piece.sequence.prompt_len
+        ]
+        encode = self._together(
+            [image for piece, end, images, _ in shown for image in images.missing(piece.start, end)]
+        )
         rows: list[np.ndarray] = []
         features: list[torch.Tensor] = []
-        for piece, first in zip(plan, query_start, strict=False):
-            images = piece.sequence.images
-            if images is None or piece.start >= piece.sequence.prompt_len:
-                continue
-            end = min(piece.end, piece.sequence.prompt_len)
+        for piece, end, images, first in shown:
             try:
-                found, pieces = images.slice(piece.start, end, self.features.encode)
+                found, pieces = images.slice(piece.start, end, encode)
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)
@@ -109,3 +116,12 @@ class Runner:
         if not features:
             return None, None
         return torch.from_numpy(np.concatenate(rows)).to(self.model.device), torch.cat(features)
+
+    def _together(self, images: list[ImageTiles]) -> Encode:
+        """Encode all pictures that a step lacks at once, whoever asked for them; the result looks them up. Where that
+        fails, they are encoded sequence by sequence instead, to find out whose picture it is."""
+        if len(images) > 1:
+            with contextlib.suppress(Exception):
+                ready = dict(zip(map(id, images), self.features.encode(images), strict=True))
+                return lambda wanted: [ready[id(image)] for image in wanted]
+        return self.features.encode

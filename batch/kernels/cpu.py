@@ -21,6 +21,7 @@ from batch.kernels import (
     cpu_packed_attention,
     cpu_panels,
     cpu_quant,
+    cpu_routing,
     reference,
 )
 from batch.kernels.cpu_panels import Bank
@@ -31,8 +32,7 @@ from batch.kernels.linears import (
     FusedLinear,
     Int4Linear,
     Linear,
-    PanelInt4Linear,
-    PanelLinear,
+    Panels,
 )
 from batch.kernels.paging import LayerCache, PagedBatch
 
@@ -74,10 +74,10 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     """As `reference.linear`."""
     if isinstance(weight, DenseLinear):
         return _dense(x, weight.weight)
-    if isinstance(weight, PanelLinear | PanelInt4Linear):
+    if isinstance(weight, Panels):
         if weight.gated or not cpu_panels.fits(x):
             return reference.linear(x, weight)
-        return cpu_panels.product((x,), _bank(weight), cpu_panels.one_weight(*x.shape))
+        return cpu_panels.product((x,), _bank(weight), cpu_routing.one_weight(*x.shape))
     if isinstance(weight, Int4Linear):
         return _dense(x, cpu_quant.expand_int4(weight, x.dtype))
     if isinstance(weight, Fp8Linear):
@@ -88,8 +88,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
 
 def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     """As `reference.mlp`."""
-    if isinstance(gate_up, PanelLinear | PanelInt4Linear) and gate_up.gated and cpu_panels.fits(x):
-        hidden = cpu_panels.product((x,), _bank(gate_up), cpu_panels.one_weight(*x.shape), spread=True)
+    if isinstance(gate_up, Panels) and gate_up.gated and cpu_panels.fits(x):
+        hidden = cpu_panels.product((x,), _bank(gate_up), cpu_routing.one_weight(*x.shape), spread=True)
         return linear(hidden, down)
     grouped = _grouped(x, (gate_up,), [0, x.shape[0]], gated=True)
     return linear(cpu_fused.silu_mul(linear(x, gate_up)) if grouped is None else grouped, down)
@@ -109,7 +109,7 @@ def moe(
     tokens = x.shape[0]
     banks = _moe_banks(experts, shared_gate_up, shared_down)
     if banks is not None and cpu_fused.fits(x) and cpu_panels.fits(x):
-        score, order, groups = cpu_panels.dispatch(linear(x, router), banks.with_shared, banks.down.in_features)
+        score, order, groups = cpu_routing.dispatch(linear(x, router), banks.with_shared, banks.down.in_features)
         scaled = torch.empty_like(x)
         cpu_fused.gather_scaled(x, score, order, scaled)
         xs = (scaled, x) if banks.with_shared else (scaled,)
@@ -186,7 +186,7 @@ class MoeBanks:
     with_shared: bool
 
 
-def _bank(weight: PanelLinear | PanelInt4Linear) -> Bank:
+def _bank(weight: Panels) -> Bank:
     """The Bank of one weight, made once."""
     if "bank" not in weight.derived:
         weight.derived["bank"] = Bank.of([weight])

@@ -17,6 +17,7 @@ from batch.kernels.linears import (
     FusedLinear,
     Int4Linear,
     Linear,
+    PanelFp8Linear,
     PanelInt4Linear,
     PanelLinear,
 )
@@ -179,6 +180,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
         q, scale = quantize_int8_groups(x, PANEL_GROUP)
         exact = (q.unflatten(-1, (*scale.shape[1:], PANEL_GROUP)) * scale[..., None]).flatten(1)  # [T, K]
         return F.linear(exact, weight.dense().float()).to(x.dtype)
+    if isinstance(weight, PanelFp8Linear):
+        weight = weight.plain()
     if isinstance(weight, PanelLinear | PanelInt4Linear):
         return F.linear(x, weight.dense().to(x.dtype))
     if isinstance(weight, Fp8Linear):

@@ -15,6 +15,7 @@ Nothing here is linear in the number of sequences per sequence: thousands may ru
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from itertools import islice
 
 from batch.engine.blocks import NO_HIT, BlockManager, PrefixHit
@@ -132,15 +133,22 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting sequences while the blocks for all known tokens of everyone running remain, and one spare
         block each: optimistic about output, so that memory is used, but not so that prompts push each other out."""
-        free_full, free_chunked = self.blocks.full.num_free, self.blocks.chunked.num_free
+        room = _Room(self.blocks.full.num_free, self.blocks.chunked.num_free)
         for sequence in self.running:
-            full, chunked = self.blocks.lacking(sequence.held, len(sequence.tokens))
-            free_full -= full + 1
-            free_chunked -= chunked + 1
-        window = list(islice(self.waiting, WINDOW))
-        if self._first_alone:
-            self._first_alone, self._first = False, self._quickest(window)
+            room.take(*self.blocks.lacking(sequence.held, len(sequence.tokens)))
         in_progress = {key for sequence in self.running for key in self._coming_keys(sequence)}
+        while self.waiting and self._may_admit():
+            window = list(islice(self.waiting, WINDOW))
+            if self._first_alone:
+                self._first_alone, self._first = False, self._quickest(window)
+            started = self._admit_from(window, room, in_progress)
+            self._count_passed_over(window, started)
+            if len(started) < len(window):
+                break  # else all that were looked at run now, and a large step may have room for the next
+
+    def _admit_from(self, window: list[Sequence], room: _Room, in_progress: set[bytes]) -> set[Sequence]:
+        """Start those of the window that may; returns them."""
+        started: set[Sequence] = set()
         for sequence in self._by_preference(window):
             if not self._may_admit():
                 break
@@ -148,15 +156,13 @@ class Scheduler:
             if self._should_wait(sequence, in_progress):
                 continue
             need = self.blocks.need_after(hit, len(sequence.tokens))
-            free_full -= need.full
-            free_chunked -= need.chunked
-            if self.running and min(free_full, free_chunked) < 0:
+            if self.running and not room.has(need.full, need.chunked):
                 break
-            free_full -= 1
-            free_chunked -= 1
+            room.take(need.full, need.chunked)
             self._start(sequence, hit)
+            started.add(sequence)
             in_progress.update(self._coming_keys(sequence))
-        self._count_passed_over(window)
+        return started
 
     def _start(self, sequence: Sequence, hit: PrefixHit) -> None:
         self.num_new_tokens -= self.waiting.pop(sequence)
@@ -215,10 +221,26 @@ class Scheduler:
             return False
         return bool(in_progress) and sequence.block_keys[place] in in_progress
 
-    def _count_passed_over(self, window: list[Sequence]) -> None:
-        started, younger = set(map(id, self.admitted)), 0
+    def _count_passed_over(self, window: list[Sequence], started: set[Sequence]) -> None:
+        younger = 0
         for sequence in reversed(window):
-            if id(sequence) in started:
+            if sequence in started:
                 younger += 1
             else:
                 sequence.passed_over += younger
+
+
+@dataclass
+class _Room:
+    """Free blocks that are not spoken for."""
+
+    full: int
+    chunked: int
+
+    def has(self, full: int, chunked: int) -> bool:
+        return full <= self.full and chunked <= self.chunked
+
+    def take(self, full: int, chunked: int) -> None:
+        """These, and one spare block of each kind."""
+        self.full -= full + 1
+        self.chunked -= chunked + 1

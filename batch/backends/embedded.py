@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ import torch
 from batch.backends.base import RequestSource
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
+from batch.backends.warm_up import warm_up
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
@@ -39,8 +42,8 @@ class Detokenizer(Protocol):
 @dataclass(frozen=True)
 class EmbeddedOptions:
     """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
-    cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves."""
+    cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
+    `first_alone`: see `Scheduler`."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -51,6 +54,7 @@ class EmbeddedOptions:
     max_seqs: int | None = None
     block_size: int | None = None
     memory_share: int = 1
+    first_alone: bool = False
 
 
 @dataclass(eq=False)
@@ -81,7 +85,9 @@ class EmbeddedBackend:
         options = options or EmbeddedOptions()
         self.tokenizer = tokenizer
         if not isinstance(model, Model):
-            model = load_model(open_checkpoint(model), options.device, options.dtype, options.activations)
+            reader = open_checkpoint(model)
+            with warm_up(reader, options.device, options.dtype, options.activations):
+                model = load_model(reader, options.device, options.dtype, options.activations)
         self.engine = Engine(model, engine_config(model, options), eos_token_ids)
 
     @property
@@ -90,6 +96,18 @@ class EmbeddedBackend:
 
     def run(self, source: RequestSource) -> Iterator[GenerationResult]:
         """Results in the order in which they finish; one per request, whatever happens to it."""
+        stats, resumed_s = self.stats, time.perf_counter()
+        with contextlib.closing(self._run(source)) as results:
+            for result in results:
+                left_s = time.perf_counter()
+                stats.run_s += left_s - resumed_s
+                yield result
+                resumed_s = time.perf_counter()
+                stats.output_wait_s += resumed_s - left_s
+                stats.run_s += resumed_s - left_s
+        stats.run_s += time.perf_counter() - resumed_s
+
+    def _run(self, source: RequestSource) -> Generator[GenerationResult, None, None]:
         jobs: dict[int, _Job] = {}  # by id(): keys are the caller's and may repeat
         try:
             while True:
@@ -111,7 +129,9 @@ class EmbeddedBackend:
     def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
         """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
         while self.engine.wants_more:
+            began_s = time.perf_counter()
             request = source.take(wait=not self.engine.has_work)
+            self.stats.input_wait_s += time.perf_counter() - began_s
             if request is None:
                 return
             job = _Job(request)
@@ -212,4 +232,4 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache)
+    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)

@@ -1,5 +1,6 @@
 """The embedded backend end to end on a tiny model: requests in, texts out."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +204,19 @@ def test_default_kv_memory_respects_a_cgroup_limit(tmp_path, monkeypatch):
     assert default_kv_bytes(torch.device("cpu"), 0) == 300_000
     limit.write_text("max\n")
     assert available_bytes() > 600_000
+
+
+def test_waiting_for_input_and_for_whoever_takes_the_results_is_counted(model, tokenizer):
+    class Slow(ListSource):
+        def take(self, wait):
+            time.sleep(0.05)
+            return super().take(wait)
+
+    backend = make_backend(model, tokenizer)
+    began_s = time.perf_counter()
+    for _ in backend.run(Slow([request(i, tokenizer, max_tokens=2) for i in range(4)])):
+        time.sleep(0.1)
+    took_s = time.perf_counter() - began_s
+    stats = backend.stats
+    assert stats.input_wait_s >= 5 * 0.05 and stats.output_wait_s >= 4 * 0.1
+    assert stats.input_wait_s + stats.output_wait_s < stats.run_s <= took_s

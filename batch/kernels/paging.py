@@ -56,12 +56,12 @@ class LayerCache:
 
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k and v [T, K, D] go to slots int64 [T] (block · B + offset)."""
+        if not self.packed:
+            self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots] = k, v  # [N · B, K, D]
+            return
         block, offset = slots // self.block_size, slots % self.block_size
-        if self.packed:
-            self.k.movedim(3, 1)[block, offset] = k.unflatten(-1, (-1, 2))  # [N, B, K, D/2, 2]
-            self.v.permute(0, 2, 4, 1, 3)[block, offset // 2, offset % 2] = v  # [N, B/2, 2, K, D]
-        else:
-            self.k[block, offset], self.v[block, offset] = k, v
+        self.k.movedim(3, 1)[block, offset] = k.unflatten(-1, (-1, 2))  # [N, B, K, D/2, 2]
+        self.v.permute(0, 2, 4, 1, 3)[block, offset // 2, offset % 2] = v  # [N, B/2, 2, K, D]
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def test_leaving_early_frees_everything_and_the_backend_can_run_again(model, tok
 
 def test_options_have_sensible_defaults(model):
     config = engine_config(model, EmbeddedOptions())
-    assert config.block_size == 32 and config.max_seqs <= config.max_batch_tokens
+    assert config.block_size == 16 and config.max_seqs <= config.max_batch_tokens
     assert 0 < config.kv_bytes <= available_bytes()
     assert engine_config(model, EmbeddedOptions(max_batch_tokens=3)).max_seqs == 3
     with pytest.raises(UsageError, match="chunk of 32"):

@@ -10,15 +10,17 @@ from typing import Protocol
 import torch
 
 from batch.backends.base import RequestSource
+from batch.backends.loading import load_streamed, load_whole
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
 from batch.engine.stats import EngineStats
-from batch.model.model import Model, load_model
+from batch.model.model import Model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
+from converters.reader import Reader
 from l4tool.core.errors import UsageError
 from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
 
@@ -32,7 +34,7 @@ class Detokenizer(Protocol):
 @dataclass(frozen=True)
 class EmbeddedOptions:
     """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves."""
+    `memory_share` says have this memory to themselves. `stream_weights`: layers are read from disk while it runs."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -42,6 +44,7 @@ class EmbeddedOptions:
     max_seqs: int | None = None
     block_size: int | None = None
     memory_share: int = 1
+    stream_weights: bool = False
 
 
 @dataclass(eq=False)
@@ -71,10 +74,17 @@ class EmbeddedBackend:
     ) -> None:
         options = options or EmbeddedOptions()
         self.tokenizer = tokenizer
-        loaded = (
-            model if isinstance(model, Model) else load_model(open_checkpoint(model), options.device, options.dtype)
-        )
-        self.engine = Engine(loaded, engine_config(loaded, options), eos_token_ids)
+        self._own: Model | None = None
+        if isinstance(model, Model):
+            config = engine_config(model, options)
+        else:
+            model, config = load(open_checkpoint(model), options)
+            self._own = model
+        try:
+            self.engine = Engine(model, config, eos_token_ids)
+        except BaseException:
+            self._close_model()
+            raise
 
     @property
     def stats(self) -> EngineStats:
@@ -97,8 +107,13 @@ class EmbeddedBackend:
     def close(self) -> None:
         """Free the weights and the KV cache."""
         self.engine.close()
+        self._close_model()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _close_model(self) -> None:
+        if self._own is not None:
+            self._own.close()
 
     def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
         """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
@@ -187,6 +202,20 @@ class EmbeddedBackend:
         for sequence in job.sequences:
             if not sequence.is_over:
                 self.engine.finish(sequence, "stop")
+
+
+def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]:
+    """The model as the options want it, and what its engine may use. Raises UsageError, DeviceError, CheckpointError,
+    InputMissing."""
+    if not options.stream_weights:
+        model = load_whole(reader, options.device, options.dtype, options.memory_share)
+        return model, engine_config(model, options)
+    asked = (options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
+    model, room = load_streamed(reader, options.device, options.dtype, *asked)
+    filled = replace(
+        options, max_batch_tokens=room.max_batch_tokens, max_seqs=room.max_seqs, kv_memory_bytes=room.kv_bytes
+    )
+    return model, engine_config(model, filled)
 
 
 def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:

@@ -14,6 +14,7 @@ from batch.engine.sequence import Piece, Sequence
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
+from l4tool.core.errors import L4Error
 
 
 class ImageEncodingError(Exception):
@@ -97,6 +98,8 @@ class Runner:
             end = min(piece.end, piece.sequence.prompt_len)
             try:
                 found, pieces = images.slice(piece.start, end, self.features.encode)
+            except L4Error:
+                raise  # the tower cannot be read
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)

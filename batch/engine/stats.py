@@ -16,7 +16,8 @@ class EngineStats:
     `prompt_tokens` counts the prompt of every completion that was started, n of them for n choices;
     `cached_prompt_tokens` those of them whose keys and values were there already. `image_encodings_saved`: pictures
     that were not encoded, `cached_prompt_images` of them because they lie in such a beginning, the others because
-    their features were still there.
+    their features were still there. `weights_read_bytes` and `weights_wait_s` (that computing waited): of streamed
+    weights, since they were opened.
     """
 
     steps: int = 0
@@ -35,6 +36,8 @@ class EngineStats:
     build_s: float = 0.0
     model_s: float = 0.0
     sample_s: float = 0.0
+    weights_read_bytes: int = 0
+    weights_wait_s: float = 0.0
 
     @property
     def prefix_cache_hit_rate(self) -> float:

@@ -59,6 +59,16 @@ class TextWeights:
     norm: torch.Tensor
     lm_head: Linear
 
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] → rows of the embedding [T, H], a copy."""
+        return self.embed[token_ids]
+
+    def layer(self, index: int) -> LayerWeights:
+        return self.layers[index]
+
+    def head(self) -> Linear:
+        return self.lm_head
+
 
 class Loader:
     """Reads tensors to one device and dtype. `dtype` is that of the activations and of every unquantized weight."""
@@ -130,22 +140,33 @@ class Loader:
         )
 
 
-def load_text(loader: Loader, arch: TextArch) -> TextWeights:
-    """Every weight of the language model. Raises CheckpointError."""
+def require_top_1(reader: Reader, arch: TextArch) -> None:
+    """Raises CheckpointError for what the kernels do not compute."""
     if arch.experts_per_token != 1 and arch.moe_layers:
         raise CheckpointError(
-            f"{loader.reader.path}: num_experts_per_tok is {arch.experts_per_token}; only top-1 routing is supported"
+            f"{reader.path}: num_experts_per_tok is {arch.experts_per_token}; only top-1 routing is supported"
         )
+
+
+def load_text(loader: Loader, arch: TextArch) -> TextWeights:
+    """Every weight of the language model. Raises CheckpointError."""
+    require_top_1(loader.reader, arch)
     return TextWeights(
         embed=loader.tensor(f"{MODEL}embed_tokens.weight"),
-        layers=tuple(_load_layer(loader, arch, layer) for layer in range(arch.num_layers)),
+        layers=tuple(load_layer(loader, arch, layer) for layer in range(arch.num_layers)),
         norm=loader.tensor(f"{MODEL}norm.weight"),
         lm_head=loader.linear("language_model.lm_head"),
     )
 
 
-def _load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
-    base = f"{MODEL}layers.{layer}."
+def layer_prefix(layer: int) -> str:
+    """What the canonical names of a layer's tensors begin with."""
+    return f"{MODEL}layers.{layer}."
+
+
+def load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
+    """One decoder layer. Raises CheckpointError."""
+    base = layer_prefix(layer)
     attention, feed_forward = base + "self_attn.", base + "feed_forward."
     weights: MoeWeights | MlpWeights
     if arch.is_moe(layer):

@@ -49,6 +49,8 @@ class _Size(click.ParamType):
               help="Compute the beginning that lines have in common, and their pictures, only once.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--weights", type=click.Choice(["memory", "stream"]), default="memory", show_default=True,
+              help="stream: read layers from disk while it runs, for checkpoints larger than memory.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Processes that compute: one CUDA device each, or the CPU cores split.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")

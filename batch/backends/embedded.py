@@ -116,9 +116,10 @@ class EmbeddedBackend:
             self._own.close()
 
     def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
-        """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
+        """Pull requests while the engine has use for them; wait for one only when there is nothing else to do, or when
+        a step costs reading all weights, whatever its size."""
         while self.engine.wants_more:
-            request = source.take(wait=not self.engine.has_work)
+            request = source.take(wait=self.engine.model.is_streamed or not self.engine.has_work)
             if request is None:
                 return
             job = _Job(request)

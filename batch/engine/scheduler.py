@@ -62,8 +62,9 @@ class Scheduler:
                 # A sequence preempted in this loop has lost its place, and with it its turn.
                 if (sequence.num_left == 1) == decoding and sequence in self.running:
                     self._give_turn(sequence)
-        if self.num_preemptions == preempted_before and self.waiting and self._may_admit():
-            self._admit()
+        if self.num_preemptions == preempted_before:
+            while self.waiting and self._may_admit() and self._admit():
+                pass  # all that were looked at run now: a large step has room for the next
         return list(self._plan.values())
 
     def book(self, piece: Piece) -> None:
@@ -114,9 +115,11 @@ class Scheduler:
     def _may_admit(self) -> bool:
         return self._budget > 0 and len(self.running) < self.max_seqs
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
         """Start waiting sequences while the blocks for all known tokens of everyone running remain, and one spare
-        block each: optimistic about output, so that memory is used, but not so that prompts push each other out."""
+        block each: optimistic about output, so that memory is used, but not so that prompts push each other out.
+        True: all of the window were started."""
+        admitted_before = len(self.admitted)
         free_full, free_chunked = self.blocks.full.num_free, self.blocks.chunked.num_free
         for sequence in self.running:
             need = self.blocks.need(len(sequence.tokens))
@@ -140,6 +143,7 @@ class Scheduler:
             self._start(sequence, hit)
             in_progress.update(self._coming_keys(sequence))
         self._count_passed_over(window)
+        return len(self.admitted) - admitted_before == len(window)
 
     def _start(self, sequence: Sequence, hit: PrefixHit) -> None:
         self.waiting.remove(sequence)

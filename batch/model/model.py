@@ -63,6 +63,11 @@ class Model:
             raise UsageError("this checkpoint has no vision tower", hint="send text only, or use a multimodal export")
         return [self.vision.encode(torch.from_numpy(image.pixels)) for image in images]
 
+    @property
+    def is_streamed(self) -> bool:
+        """Every step reads the weights anew."""
+        return self._files is not None
+
     def weights_read(self) -> tuple[int, float]:
         """Bytes of streamed weights read so far, and seconds that computing waited for them."""
         if self._files is None or not isinstance(self.text.weights, StreamedText):

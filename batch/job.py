@@ -74,6 +74,7 @@ class BatchOptions:
     max_seqs: int | None = None
     prefix_cache: bool = True
     weights: str = "memory"
+    memory_bytes: int | None = None
     workers: int = 1
 
 
@@ -103,7 +104,10 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
         "max_seqs": options.max_seqs,
         "prefix_cache": options.prefix_cache,
         "stream_weights": options.weights == "stream",
+        "memory_bytes": options.memory_bytes,
     }
+    if options.memory_bytes is not None and options.weights != "stream":
+        raise UsageError("--memory goes with --weights stream", hint="leave it away, or add --weights stream")
     if options.workers > 1:
         if options.weights == "stream":
             raise UsageError(

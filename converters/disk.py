@@ -168,7 +168,10 @@ def _identity(fd: int) -> tuple[int, int]:
 def _memory(num_bytes: int) -> memoryview:
     """Private memory of its own mapping, given back as soon as nobody holds a part of it; large pages where the system
     has them, since every small one is a page fault."""
-    pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {num_bytes} bytes for weights: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)

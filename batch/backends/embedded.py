@@ -34,7 +34,8 @@ class Detokenizer(Protocol):
 @dataclass(frozen=True)
 class EmbeddedOptions:
     """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves. `stream_weights`: layers are read from disk while it runs."""
+    `memory_share` says have this memory to themselves. `stream_weights`: layers are read from disk while it runs, in
+    a process that takes `memory_bytes` at most."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -45,6 +46,7 @@ class EmbeddedOptions:
     block_size: int | None = None
     memory_share: int = 1
     stream_weights: bool = False
+    memory_bytes: int | None = None
 
 
 @dataclass(eq=False)
@@ -211,7 +213,7 @@ def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]
     if not options.stream_weights:
         model = load_whole(reader, options.device, options.dtype, options.memory_share)
         return model, engine_config(model, options)
-    asked = (options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
+    asked = (options.memory_bytes, options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
     model, room = load_streamed(reader, options.device, options.dtype, *asked)
     filled = replace(
         options, max_batch_tokens=room.max_batch_tokens, max_seqs=room.max_seqs, kv_memory_bytes=room.kv_bytes

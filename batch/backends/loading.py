@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from batch.backends.memory import available_bytes, swap_bytes
+from batch.backends.memory import available_bytes, swap_bytes, used_bytes
 from batch.model.model import Model, load_model, resolve_device, resolve_dtype, stream_model
 from converters.reader import Reader
 from l4tool.core.errors import DeviceError, UsageError
@@ -21,16 +21,18 @@ def load_whole(reader: Reader, device: str, dtype: str | None, copies: int) -> M
 
 
 def load_streamed(
-    reader: Reader, device: str, dtype: str | None,
+    reader: Reader, device: str, dtype: str | None, memory_bytes: int | None,
     max_batch_tokens: int | None, max_seqs: int | None, kv_bytes: int | None,
 ) -> tuple[Model, Room]:  # fmt: skip
-    """A model that must be closed, and how the available memory is divided; what is given stays as it is. The page
-    cache gets a share where it can hold the whole checkpoint and leave as much again. Raises UsageError, DeviceError,
-    CheckpointError, InputMissing."""
+    """A model that must be closed, and how memory is divided: `memory_bytes` for the whole process, None for what is
+    available. What else is given stays as it is. The page cache gets a share where it can hold the whole checkpoint
+    and leave as much again. Raises UsageError, DeviceError, CheckpointError, InputMissing."""
     if torch.device(device).type != "cpu":
         raise UsageError("--weights stream runs on the CPU only", hint="add --device cpu, or leave --weights away")
     item_bytes, text = resolve_dtype(dtype, reader.arch).itemsize, reader.arch.text
     weights, available = weigh(reader, item_bytes), available_bytes()
+    if memory_bytes is not None:
+        available = min(available, max(memory_bytes - used_bytes(), 0))
     file_bytes = sum(path.stat().st_size for path in reader.weight_files())
     keep_cached = 2 * file_bytes <= available
     room = divide(text, weights, available - file_bytes * keep_cached, item_bytes, max_batch_tokens, max_seqs, kv_bytes)

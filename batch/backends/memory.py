@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +14,11 @@ CPU_SHARE = 0.5  # of what is free after loading; pages of the cache are only to
 CPU_MOST_BYTES = 16 << 30
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-STATUS = Path("/proc/self/status")
 # Per version of cgroups: limit, use, and the line of memory.stat that counts cached file pages, given up on demand.
 CGROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
-# Limits of the process itself, as (limit, line of /proc/self/status with what is used).
-PROCESS_LIMITS = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
 
 
 def default_kv_bytes(device: torch.device, step_bytes: int) -> int:
@@ -35,12 +31,17 @@ def default_kv_bytes(device: torch.device, step_bytes: int) -> int:
 
 def available_bytes() -> int:
     """Main memory that this process may still take: what the kernel calls available, within the limits of its control
-    groups and its own (ulimit -d, -v)."""
+    groups."""
     available = _field(Path("/proc/meminfo"), "MemAvailable")
     if available is None:
         # No /proc: half of the physical memory is the best guess that needs no further library.
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(min(available, *_cgroup_rooms(), *_process_rooms()), 0)
+    return max(min(available, *_cgroup_rooms()), 0)
+
+
+def used_bytes() -> int:
+    """Main memory that this process has taken, mapped files included; 0 where the system does not say."""
+    return _field(Path("/proc/self/status"), "VmRSS") or 0
 
 
 def swap_bytes() -> int:
@@ -72,15 +73,6 @@ def _cgroup_folders() -> Iterator[tuple[int, Path]]:
         inside = Path(path.lstrip("/"))
         for folder in (inside, *inside.parents):
             yield version, root / folder
-
-
-def _process_rooms() -> Iterator[int]:
-    for limit, line in PROCESS_LIMITS:
-        most = resource.getrlimit(limit)[0]
-        used = _field(STATUS, line)
-        if most != resource.RLIM_INFINITY and used is not None:
-            yield most - used
-    yield 1 << 62
 
 
 def _field(path: Path, name: str, unit_bytes: int = 1024) -> int | None:

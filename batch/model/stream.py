@@ -22,6 +22,7 @@ from converters.disk import WeightFiles
 from converters.names import EMBEDDING, LM_HEAD
 from converters.read_ahead import ReadAhead
 from converters.reader import Reader
+from l4tool.core.errors import DeviceError
 
 
 class PartStream:
@@ -161,6 +162,13 @@ class StreamedText:
                 part = load()
             self._orders[kind] = [name.removeprefix(base) for name in self._source.names]
             return part
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise DeviceError(
+                f"no memory is left for the weights of the next layer: {error}",
+                hint="give a smaller --memory or --kv-memory; the same command carries on",
+            ) from error
         finally:
             self._source.finish()
 

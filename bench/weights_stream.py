@@ -140,8 +140,8 @@ def main() -> None:
     print(
         f"{size / 1e9:.2f} GB of weights, --memory {arguments.memory / 1e9:.2f} GB: peak {peak_bytes() / 1e9:.2f} GB; "
         f"disk {speeds[0] / 1e9:.2f} and {speeds[1] / 1e9:.2f} GB/s (before, after)\n"
-        f"{arguments.lines} lines: {new:,} new tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s; steps of at "
-        f"most {config.max_batch_tokens:,} tokens and {config.max_seqs:,} lines, KV cache {format_bytes(config.kv_bytes)}"
+        f"{arguments.lines} lines: {new:,} new tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s; steps of "
+        f"at most {config.max_batch_tokens:,} tokens and {config.max_seqs:,} lines, KV {format_bytes(config.kv_bytes)}"
     )
 
 

@@ -69,6 +69,7 @@ class BatchOptions:
     state: StateOptions = field(default_factory=StateOptions)
     device: str = "auto"
     dtype: str = "auto"
+    activations: str = "auto"
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
@@ -99,6 +100,7 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
     engine: dict[str, Any] = {
         "device": _device(options.device),
         "dtype": None if options.dtype == "auto" else options.dtype,
+        "activations": options.activations,
         "max_batch_tokens": options.max_batch_tokens,
         "kv_memory_bytes": options.kv_memory_bytes,
         "max_seqs": options.max_seqs,
@@ -202,6 +204,7 @@ def job_facts(options: BatchOptions, front: Front, fingerprint: str) -> dict[str
         **{name: sorted(value) if isinstance(value, frozenset) else value for name, value in defaults.items()},
         "stop": list(front.defaults.stop),
         "dtype": options.dtype,
+        **({} if options.activations == "auto" else {"activations": options.activations}),
         "max_images": options.max_images,
         "error_file": None if options.errors is None else options.errors.name,
         "duplicates": "run-each" if options.state.run_each else "error",

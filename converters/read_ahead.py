@@ -13,7 +13,7 @@ import torch
 from converters.disk import Reading, WeightFiles
 from converters.reader import Extent, Reader
 
-AHEAD_BYTES = 256 << 20
+AHEAD_BYTES = 128 << 20
 
 
 class ReadAhead:

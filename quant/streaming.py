@@ -19,6 +19,7 @@ from l4tool.core.arch import TextArch
 
 SHARE = 0.85  # of the memory that is available; the rest is for what others take meanwhile
 RESERVE_BYTES = 384 << 20  # compiled kernels, requests that wait, image features
+PACKING_BYTES = 256 << 20  # of a layer's experts that are read before they are packed together
 MAX_BATCH_TOKENS = 32768  # of one step: by then a layer takes far longer to compute with than to read
 MAX_SEQS = 4096
 SLICE_TOKENS = 4096  # tokens of a step that pass through a layer together: products are at full speed long before
@@ -45,7 +46,7 @@ class WeightBytes:
         """The most that is in memory at a time with `ahead` (0 or 1) parts loaded ahead, buffers included."""
         following = [*self.parts[1:], self.parts[0]] if ahead else [0] * len(self.parts)
         pairs = max(a + b for a, b in zip(self.parts, following, strict=True))
-        return pairs + AHEAD_BYTES + 2 * self.largest_read
+        return pairs + AHEAD_BYTES + PACKING_BYTES + 2 * self.largest_read
 
 
 @dataclass(frozen=True)

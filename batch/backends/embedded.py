@@ -33,12 +33,13 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
-    `memory_share` says have this memory to themselves. `stream_weights`: layers are read from disk while it runs, in
-    a process that takes `memory_bytes` at most."""
+    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
+    cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
+    `stream_weights`: layers are read from disk while it runs, in a process that takes `memory_bytes` at most."""
 
     device: str = "cpu"
     dtype: str | None = None
+    activations: str = "auto"
     prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
@@ -211,10 +212,10 @@ def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]
     """The model as the options want it, and what its engine may use. Raises UsageError, DeviceError, CheckpointError,
     InputMissing."""
     if not options.stream_weights:
-        model = load_whole(reader, options.device, options.dtype, options.memory_share)
+        model = load_whole(reader, options.device, options.dtype, options.activations, options.memory_share)
         return model, engine_config(model, options)
     asked = (options.memory_bytes, options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
-    model, room = load_streamed(reader, options.device, options.dtype, *asked)
+    model, room = load_streamed(reader, options.device, options.dtype, options.activations, *asked)
     filled = replace(
         options, max_batch_tokens=room.max_batch_tokens, max_seqs=room.max_seqs, kv_memory_bytes=room.kv_bytes
     )

@@ -12,16 +12,16 @@ from l4tool.core.sizes import format_bytes
 from quant.streaming import Room, divide, needed_bytes, weigh
 
 
-def load_whole(reader: Reader, device: str, dtype: str | None, copies: int) -> Model:
+def load_whole(reader: Reader, device: str, dtype: str | None, activations: str, copies: int) -> Model:
     """All weights in memory; `copies` processes do the same on this machine. Raises UsageError, DeviceError,
     CheckpointError."""
     if resolve_device(device).type == "cpu":
         _require_memory(reader, resolve_dtype(dtype, reader.arch).itemsize, copies)
-    return load_model(reader, device, dtype)
+    return load_model(reader, device, dtype, activations)
 
 
 def load_streamed(
-    reader: Reader, device: str, dtype: str | None, memory_bytes: int | None,
+    reader: Reader, device: str, dtype: str | None, activations: str, memory_bytes: int | None,
     max_batch_tokens: int | None, max_seqs: int | None, kv_bytes: int | None,
 ) -> tuple[Model, Room]:  # fmt: skip
     """A model that must be closed, and how memory is divided: `memory_bytes` for the whole process, None for what is
@@ -43,7 +43,7 @@ def load_streamed(
             "available",
             hint="quantize it first: l4tool quantize --int4",
         )
-    return stream_model(reader, dtype, room.ahead, keep_cached), room
+    return stream_model(reader, dtype, activations, room.ahead, keep_cached), room
 
 
 def _require_memory(reader: Reader, item_bytes: int, copies: int) -> None:

@@ -1,24 +1,36 @@
 """The ops on CPU tensors, float32 and bfloat16: compiled kernels where shapes allow, else the reference.
 
-float32 goes through the tiled products whatever the number of rows, so that a token's result never depends on what
-else is in the step. bfloat16 leaves large products to torch's GEMM.
+Weights packed in panels, which bfloat16 models have on CPUs with AVX512-BF16, go to cpu_panels. float32 goes through
+the tiled products whatever the number of rows, so that a token's result never depends on what else is in the step.
+Other bfloat16 products leave many rows to torch's GEMM.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from batch.kernels import cpu_attention, cpu_fused, cpu_int4, cpu_linear, cpu_quant, reference
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels import cpu_attention, cpu_fused, cpu_linear, cpu_panels, cpu_quant, reference
+from batch.kernels.cpu_panels import Bank
+from batch.kernels.linears import (
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
 from batch.kernels.paging import PagedBatch
 
-# bfloat16 products with more rows per group than this are torch's, INT4 weights being expanded one at a time for it:
-# measured at [8192, 5120] and [4096, 1024], the tiles are ahead below and a few per cent behind above.
-MAX_TILED_ROWS, MAX_INT4_ROWS = 96, 160
+# bfloat16 products of dense weights with more rows per group than this are torch's: measured at [8192, 5120] and
+# [4096, 1024], the tiles are ahead below and a few per cent behind above.
+MAX_TILED_ROWS = 96
 
 
 def add_rms_norm(
@@ -51,9 +63,11 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     """As `reference.linear`."""
     if isinstance(weight, DenseLinear):
         return _dense(x, weight.weight)
+    if isinstance(weight, PanelLinear | PanelInt4Linear):
+        if weight.gated or not cpu_panels.fits(x):
+            return reference.linear(x, weight)
+        return cpu_panels.product((x,), _bank(weight), cpu_panels.one_weight(*x.shape))
     if isinstance(weight, Int4Linear):
-        if x.shape[0] <= MAX_INT4_ROWS and cpu_int4.fits(x, weight):
-            return cpu_int4.grouped_int4(x, [(weight,)], [0, x.shape[0]])
         return _dense(x, cpu_quant.expand_int4(weight, x.dtype))
     if isinstance(weight, Fp8Linear):
         return _fp8(x, weight)
@@ -63,8 +77,11 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
 
 def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     """As `reference.mlp`."""
-    hidden = _grouped(x, (gate_up,), [0, x.shape[0]], gated=True)
-    return linear(cpu_fused.silu_mul(linear(x, gate_up)) if hidden is None else hidden, down)
+    if isinstance(gate_up, PanelLinear | PanelInt4Linear) and gate_up.gated and cpu_panels.fits(x):
+        hidden = cpu_panels.product((x,), _bank(gate_up), cpu_panels.one_weight(*x.shape), spread=True)
+        return linear(hidden, down)
+    grouped = _grouped(x, (gate_up,), [0, x.shape[0]], gated=True)
+    return linear(cpu_fused.silu_mul(linear(x, gate_up)) if grouped is None else grouped, down)
 
 
 def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,18 +93,28 @@ def route(x: torch.Tensor, router: Linear) -> tuple[torch.Tensor, torch.Tensor]:
 def moe(
     x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.moe`; in a small step the shared expert is one more group of the routed experts' two calls."""
-    expert, score = route(x, router)
+    """As `reference.moe`; with weights in panels, and in a small step, the shared expert is one more group of the
+    routed experts' two calls."""
     tokens = x.shape[0]
+    banks = _moe_banks(experts, shared_gate_up, shared_down)
+    if banks is not None and cpu_fused.fits(x) and cpu_panels.fits(x):
+        score, order, groups = cpu_panels.dispatch(linear(x, router), banks.with_shared, banks.down.in_features)
+        scaled = torch.empty_like(x)
+        cpu_fused.gather_scaled(x, score, order, scaled)
+        xs = (scaled, x) if banks.with_shared else (scaled,)
+        hidden = cpu_panels.product(xs, banks.gate_up, groups, spread=True)  # [2T, I] or [T, I]
+        out = cpu_panels.product((hidden,), banks.down, groups, order)  # [2T, H] or [T, H]
+        return out[tokens:] if banks.with_shared else mlp(x, shared_gate_up, shared_down), out[:tokens]
+    expert, score = route(x, router)
     if tokens <= MAX_TILED_ROWS and cpu_fused.fits(x):
         order, starts, inputs = _group_by_expert(x, expert, score, len(experts.down), copies=2)
         inputs[tokens:] = x
-        hidden = _grouped(inputs, (*experts.gate_up, shared_gate_up), [*starts, 2 * tokens], gated=True)  # [2T, I]
-        if hidden is not None:
+        hidden_or_none = _grouped(inputs, (*experts.gate_up, shared_gate_up), [*starts, 2 * tokens], gated=True)
+        if hidden_or_none is not None:
             places = torch.cat([order, torch.arange(tokens, 2 * tokens)])
-            out = _grouped(hidden, (*experts.down, shared_down), [*starts, 2 * tokens], order=places)  # [2T, H]
-            if out is not None:
-                return out[tokens:], out[:tokens]
+            both = _grouped(hidden_or_none, (*experts.down, shared_down), [*starts, 2 * tokens], order=places)
+            if both is not None:
+                return both[tokens:], both[:tokens]  # [T, H] each
     return mlp(x, shared_gate_up, shared_down), routed_experts(x, expert, score, experts)
 
 
@@ -136,12 +163,41 @@ def _grouped(
     size = weights[0].out_features // (2 if gated else 1)
     if len(dense) == len(weights) and _tiled(x, rows, size):
         return cpu_linear.grouped_linear(x, dense, starts, size, gated, order)
-    parts = [weight.parts if isinstance(weight, FusedLinear) else (weight,) for weight in weights]
-    packed = [tuple(part for part in group if isinstance(part, Int4Linear)) for group in parts]
-    whole = all(len(group) == (2 if gated else 1) for group in packed)
-    if whole and rows <= MAX_INT4_ROWS and all(cpu_int4.fits(x, part) for group in packed for part in group):
-        return cpu_int4.grouped_int4(x, packed, starts, order)
     return None
+
+
+@dataclass(frozen=True)
+class MoeBanks:
+    """The panels of a layer's experts, and of its shared expert as one more where it is of the same kind."""
+
+    gate_up: Bank
+    down: Bank
+    with_shared: bool
+
+
+def _bank(weight: PanelLinear | PanelInt4Linear) -> Bank:
+    """The Bank of one weight, made once."""
+    if "bank" not in weight.derived:
+        weight.derived["bank"] = Bank.of([weight])
+    bank: Bank = weight.derived["bank"]
+    return bank
+
+
+def _moe_banks(experts: Experts, shared_gate_up: Linear, shared_down: Linear) -> MoeBanks | None:
+    """The Banks of a layer, made once; None where its experts are not in panels."""
+    if "banks" not in experts.derived:
+        experts.derived["banks"] = _make_moe_banks(experts, shared_gate_up, shared_down)
+    banks: MoeBanks | None = experts.derived["banks"]
+    return banks
+
+
+def _make_moe_banks(experts: Experts, shared_gate_up: Linear, shared_down: Linear) -> MoeBanks | None:
+    if not (cpu_panels.same_kind(experts.gate_up) and cpu_panels.same_kind(experts.down)):
+        return None
+    gate_ups, downs = (*experts.gate_up, shared_gate_up), (*experts.down, shared_down)
+    if cpu_panels.same_kind(gate_ups) and cpu_panels.same_kind(downs):
+        return MoeBanks(Bank.of(gate_ups), Bank.of(downs), True)
+    return MoeBanks(Bank.of(experts.gate_up), Bank.of(experts.down), False)
 
 
 def _tiled(x: torch.Tensor, rows: float, out_features: int) -> bool:

@@ -39,6 +39,15 @@ def _cpu() -> Any:
     return cpu
 
 
+def packer(device: torch.device, dtype: torch.dtype) -> Any:
+    """panels.py where weights for activations of `dtype` on `device` are to be packed in panels, else None."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    from batch.kernels import panels, tiles
+
+    return panels if tiles.has_avx512_bf16() else None
+
+
 def _kernels(x: torch.Tensor) -> Any:
     if x.device.type == "cpu" and x.dtype in CPU_DTYPES and not _reference_only:
         return _cpu()

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels.linears import (
+    PANEL_GROUP,
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
 from batch.kernels.paging import PagedBatch
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
@@ -158,12 +168,26 @@ def quantize_fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.to(x.dtype), scale
 
 
+def quantize_int8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] → (integers -127 … 127 as float32 [T, K], float32 scale [T, K/G] = absmax / 127)."""
+    groups = x.float().unflatten(-1, (-1, group_size))  # [T, K/G, G]
+    scale = groups.abs().amax(-1) / 127.0
+    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+    return torch.round(groups * inverse[..., None]).flatten(1), scale
+
+
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     """x [T, K] · weightᵀ → [T, N]."""
     if isinstance(weight, DenseLinear):
         return F.linear(x, weight.weight)
     if isinstance(weight, Int4Linear):
         return F.linear(x, dequantize_int4(weight, x.dtype))
+    if isinstance(weight, PanelInt4Linear) and weight.int8_activations:
+        q, scale = quantize_int8_groups(x, PANEL_GROUP)
+        exact = (q.unflatten(-1, (*scale.shape[1:], PANEL_GROUP)) * scale[..., None]).flatten(1)  # [T, K]
+        return F.linear(exact, weight.dense().float()).to(x.dtype)
+    if isinstance(weight, PanelLinear | PanelInt4Linear):
+        return F.linear(x, weight.dense().to(x.dtype))
     if isinstance(weight, Fp8Linear):
         return fp8_linear(x, weight, weight.weight.to(x.dtype))
     assert isinstance(weight, FusedLinear)

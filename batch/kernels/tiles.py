@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +37,12 @@ BF16X32 = ir.VectorType(_BFloat(), 32)
 def has_avx512_bf16() -> bool:
     """True where the host multiplies pairs of bfloat16 in 512-bit vectors."""
     return bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
+@functools.cache
+def has_avx512_vnni() -> bool:
+    """True where the host multiplies fours of bytes in 512-bit vectors."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
 def _constant(value: int) -> Any:
@@ -229,67 +234,3 @@ def _deinterleave(builder: Any, a: Any, b: Any) -> tuple[Any, Any]:
 def _interleave(builder: Any, even: Any, odd: Any) -> tuple[Any, Any]:
     order = [lane for i in range(16) for lane in (i, 16 + i)]
     return _shuffle(builder, even, odd, order[:16]), _shuffle(builder, even, odd, order[16:])
-
-
-INT4_BLOCK = 128  # weights of one row in one 512-bit vector, and the group size that int4_tile knows
-
-
-def int4_tile(rows: int) -> Any:
-    """An intrinsic tile(x, x_bytes, w, w_bytes, scale, scale_bytes, size, out, out_bytes): x · 4 INT4 rows.
-
-    x: bfloat16 rows, each block of 128 in the order [i, l, h] of elements 8l + 4h + i, so that shifting 16 packed words
-    by 4i bits brings the matching weights to the low bits of every 16-bit half. w: packed rows, `size` bytes each;
-    scale: bfloat16, one per 128 weights. Needs AVX512-BF16.
-    """
-
-    @intrinsic
-    def tile(
-        typingctx: Any, x: Any, x_bytes: Any, w: Any, w_bytes: Any, scale: Any, scale_bytes: Any, size: Any, out: Any,
-        out_bytes: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_bytes, w, w_bytes, scale, scale_bytes, size, out, out_bytes = args
-            x_rows = [builder.add(x, builder.mul(x_bytes, _constant(m))) for m in range(rows)]
-            zeros = [_splat(F32X16, 0.0)] * (rows * TILE_COLUMNS)
-            with _loop(builder, size, VECTOR_BYTES, zeros) as loop:
-                at = builder.mul(loop.offset, _constant(4))  # 64 packed bytes are 256 bytes of x
-                parts = [[_load(builder, builder.add(r, builder.add(at, _constant(64 * i))), I32X16) for i in range(4)]
-                         for r in x_rows]  # fmt: skip
-                new = []
-                for n in range(TILE_COLUMNS):
-                    address = builder.add(builder.add(w, builder.mul(w_bytes, _constant(n))), loop.offset)
-                    _prefetch(builder, builder.add(address, builder.mul(w_bytes, _constant(TILE_COLUMNS))))
-                    values = _int4_values(builder, _load(builder, address, I32X16))
-                    place = builder.add(scale, builder.mul(scale_bytes, _constant(n)))
-                    factor = _bf16_at(builder, builder.add(place, builder.lshr(loop.offset, _constant(5))))
-                    for m in range(rows):
-                        group = _splat(F32X16, 0.0)
-                        for i in range(4):
-                            group = _dot(builder, group, parts[m][i], values[i])
-                        new.append(_fma(builder, group, factor, loop.old[n * rows + m]))
-                loop.new = new
-            for m in range(rows):
-                four = _sum_four(builder, *loop.new[m::rows])
-                _store(builder, four, builder.add(out, builder.mul(out_bytes, _constant(m))))
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 9), codegen
-
-    return tile
-
-
-def _int4_values(builder: Any, words: Any) -> list[Any]:
-    """16 packed words → 4 vectors of 32 bfloat16 q - 8: nibbles i and i + 4 of each word, i = 0 … 3."""
-    halves = ir.VectorType(ir.IntType(16), 32)
-    bits = [struct.unpack("<I", struct.pack("<f", q - 8))[0] >> 16 for q in range(16)]
-    table = ir.Constant(halves, [ir.Constant(halves.element, b) for b in bits * 2])  # bit 4 of an index is ignored
-    packed = builder.bitcast(words, halves)
-    shifted = [builder.lshr(packed, _splat(halves, 4 * i)) for i in range(4)]
-    found = [_call(builder, "llvm.x86.avx512.permvar.hi.512", halves, table, index) for index in shifted]
-    return [builder.bitcast(value, I32X16) for value in found]
-
-
-def _bf16_at(builder: Any, address: Any) -> Any:
-    """The bfloat16 at an address in every lane of a <16 x f32>."""
-    bits = builder.zext(_load(builder, address, ir.IntType(16)), I32)
-    return _broadcast(builder, builder.bitcast(builder.shl(bits, ir.Constant(I32, 16)), FLOAT))

@@ -82,11 +82,16 @@ class Model:
             self._files.close()
 
 
-def load_model(reader: Reader, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Model:
-    """Load every weight of a checkpoint. dtype None: the checkpoint's own. Raises DeviceError, UsageError,
-    CheckpointError."""
+def load_model(
+    reader: Reader,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    activations: str = "auto",
+) -> Model:
+    """Load every weight of a checkpoint. dtype None: the checkpoint's own. activations "int8": inputs of INT4 weights
+    are quantized before each product. Raises DeviceError, UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
-    loader = Loader(reader, where, kind)
+    loader = Loader(reader, where, kind, activations)
     try:
         with torch.inference_mode():
             text = TextModel(reader.arch.text, load_text(loader, reader.arch.text))
@@ -99,13 +104,15 @@ def load_model(reader: Reader, device: str | torch.device = "cpu", dtype: torch.
     return Model(reader.arch, text, vision, where, kind)
 
 
-def stream_model(reader: Reader, dtype: torch.dtype | str | None, ahead: int, keep_cached: bool) -> Model:
+def stream_model(
+    reader: Reader, dtype: torch.dtype | str | None, activations: str, ahead: int, keep_cached: bool
+) -> Model:
     """A model on the CPU whose layers are read while it runs, `ahead` (0 or 1) of them before they are needed; it
     must be closed. `keep_cached`: files stay in the page cache. Raises UsageError, CheckpointError, InputMissing."""
     kind, arch = resolve_dtype(dtype, reader.arch), reader.arch
     files = WeightFiles(reader.weight_files(), keep_cached)
     try:
-        text = TextModel(arch.text, StreamedText(reader, files, kind, ahead))
+        text = TextModel(arch.text, StreamedText(reader, files, kind, activations, ahead))
     except BaseException:
         files.close()
         raise

@@ -112,12 +112,12 @@ class PartStream:
 class StreamedText:
     """As TextWeights; norm [H] is all that stays in memory. Parts 0 … L - 1 are the layers, part L is lm_head."""
 
-    def __init__(self, reader: Reader, files: WeightFiles, dtype: torch.dtype, ahead: int) -> None:
+    def __init__(self, reader: Reader, files: WeightFiles, dtype: torch.dtype, activations: str, ahead: int) -> None:
         require_top_1(reader, reader.arch.text)
         self._reader, self._files, self._dtype = reader, files, dtype
         self._source = ReadAhead(reader, files)
         self._orders: dict[str, list[str]] = {}  # kind of part → what it read, in order, its own prefix cut off
-        self._loader = Loader(cast(Reader, self._source), torch.device("cpu"), dtype)
+        self._loader = Loader(cast(Reader, self._source), torch.device("cpu"), dtype, activations)
         self.norm = self._loader.tensor(f"{MODEL}norm.weight")
         self._source.finish()
         self._parts = PartStream(self._load, reader.arch.text.num_layers + 1, ahead)

@@ -1,8 +1,9 @@
 """Weights of the model in memory, and loading them through a Reader.
 
-Dense weights are copied once into the orientation the kernels want ([out, in], q/k/v and gate/up joined, experts of a
-layer in one tensor), and the file's pages are let go as they are copied: the peak is the weights plus one layer.
-Quantized weights stay where the Reader maps them (CPU) or go to the device as they are stored; nothing is expanded.
+Weights are copied once into the form the kernels want (q/k/v and gate/up joined, experts of a layer in one tensor):
+dense and INT4 ones in panels where this CPU has the kernels for it, else dense ones as [out, in]. The file's pages are
+let go as they are copied: the peak is the weights plus one layer. Other quantized weights stay where the Reader maps
+them (CPU) or go to the device as they are stored; nothing is expanded.
 """
 
 from __future__ import annotations
@@ -13,10 +14,21 @@ from typing import Any
 
 import torch
 
-from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels import ops
+from batch.kernels.linears import (
+    DenseLinear,
+    Experts,
+    Fp8Linear,
+    FusedLinear,
+    Int4Linear,
+    Linear,
+    PanelInt4Linear,
+    PanelLinear,
+)
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
-from l4tool.core.errors import CheckpointError
+from l4tool.core.errors import CheckpointError, UsageError
+from quant.streaming import PACKING_BYTES
 
 MODEL = "language_model.model."
 
@@ -71,10 +83,28 @@ class TextWeights:
 
 
 class Loader:
-    """Reads tensors to one device and dtype. `dtype` is that of the activations and of every unquantized weight."""
+    """Reads tensors to one device and dtype. `dtype` is that of the activations and of every unquantized weight.
 
-    def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype) -> None:
+    activations "int8": INT4 weights take their inputs as int8. Raises UsageError where that cannot be.
+    """
+
+    def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype, activations: str = "auto") -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
+        self.packer = ops.packer(device, dtype)
+        self.int8_activations = activations == "int8"
+        if self.int8_activations:
+            self._require_int8()
+
+    def _require_int8(self) -> None:
+        if self.packer is None or not self.packer.has_int8():
+            raise UsageError(
+                "--activations int8 needs bfloat16 on a CPU with AVX-512 VNNI and BF16", hint="leave the option out"
+            )
+        if not any(name.endswith(".weight_packed") for name in self.reader.tensors()):
+            raise UsageError(
+                f"--activations int8 is for INT4 weights; {self.reader.path} has none",
+                hint="make them: l4tool quantize SRC --int4 -o OUT",
+            )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A private, contiguous copy; the file's pages are released."""
@@ -84,34 +114,76 @@ class Loader:
         self.reader.release(name)
         return copy
 
-    def linear(self, *prefixes: str) -> Linear:
-        """One linear, or several over the same input with their outputs in order. Raises CheckpointError."""
-        formats = [self.reader.linear_format(prefix) for prefix in prefixes]
-        if any(formats):
-            parts = tuple(self._part(prefix) for prefix in prefixes)
-            return parts[0] if len(parts) == 1 else FusedLinear(parts)
-        sources = [self.reader.read(f"{prefix}.weight") for prefix in prefixes]
-        rows = sum(source.shape[0] for source in sources)
-        joined = torch.empty((rows, sources[0].shape[1]), dtype=self.dtype, device=self.device)
-        self._fill(joined, prefixes)
-        return DenseLinear(joined)
+    def linear(self, *prefixes: str, gated: bool = False) -> Linear:
+        """One linear, or several over the same input with their outputs in order. Raises CheckpointError.
+
+        gated: they are gate and up, whose outputs nobody but `ops.mlp` and `ops.moe` needs.
+        """
+        return self._bank([list(prefixes)], gated)[0]
 
     def experts(self, base: str, num_experts: int) -> Experts:
         """The routed experts under `base` ("….experts."), dense ones as views of one tensor per projection."""
         names = [[f"{base}{e}.gate_proj", f"{base}{e}.up_proj"] for e in range(num_experts)]
         downs = [[f"{base}{e}.down_proj"] for e in range(num_experts)]
-        return Experts(self._expert_bank(names), self._expert_bank(downs))
+        return Experts(self._bank(names, gated=True), self._bank(downs, gated=False))
 
-    def _expert_bank(self, names: list[list[str]]) -> tuple[Linear, ...]:
-        if any(self.reader.linear_format(prefix) for group in names for prefix in group):
-            return tuple(self.linear(*group) for group in names)
+    def _bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
+        """Linears of the same shape, each of one or more joined by their outputs."""
+        forms = [self.reader.linear_format(prefix) for group in names for prefix in group]
+        if all(form is None for form in forms):
+            return self._dense_bank(names, gated)
+        form = forms[0]
+        if self.packer is not None and form is not None and form.kind == "int4" and forms.count(form) == len(forms):
+            rows, columns = self._shapes(names[0], "weight_packed")
+            if self.packer.packs(rows, 8 * columns, gated, form.group_size or 0):
+                return self._int4_panels(names, gated)
+        joined = [tuple(self._part(prefix) for prefix in group) for group in names]
+        return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
+
+    def _shapes(self, prefixes: list[str], suffix: str) -> tuple[list[int], int]:
+        """Rows of each, and the columns of all."""
         infos = self.reader.tensors()
-        rows = sum(infos[f"{prefix}.weight"].shape[0] for prefix in names[0])
-        columns = infos[f"{names[0][0]}.weight"].shape[1]
-        bank = torch.empty((len(names), rows, columns), dtype=self.dtype, device=self.device)  # [E, N, K]
-        for expert, group in enumerate(names):
-            self._fill(bank[expert], group)
+        shapes = [infos[f"{prefix}.{suffix}"].shape for prefix in prefixes]
+        return [shape[0] for shape in shapes], shapes[0][1]
+
+    def _dense_bank(self, names: list[list[str]], gated: bool) -> tuple[Linear, ...]:
+        rows, columns = self._shapes(names[0], "weight")
+        if self.packer is not None and self.packer.packs(rows, columns, gated):
+            return self._dense_panels(names, gated, self.packer.panel_shape(sum(rows), columns))
+        bank = torch.empty((len(names), sum(rows), columns), dtype=self.dtype, device=self.device)  # [E, N, K]
+        for joined, group in zip(bank, names, strict=True):
+            self._fill(joined, group)
         return tuple(DenseLinear(weight) for weight in bank.unbind(0))
+
+    def _dense_panels(
+        self, names: list[list[str]], gated: bool, shape: tuple[int, int, int]
+    ) -> tuple[PanelLinear, ...]:
+        words, packed = self.packer.empty_words((len(names), *shape)), []
+        for first, groups in self._batches(names, "weight"):
+            sources = [[self.reader.read(f"{prefix}.weight").to(self.dtype) for prefix in group] for group in groups]
+            packed += self.packer.pack_dense(sources, gated, words[first : first + len(groups)])
+            self._release(groups, "weight")
+        return tuple(packed)
+
+    def _int4_panels(self, names: list[list[str]], gated: bool) -> tuple[PanelInt4Linear, ...]:
+        made: list[PanelInt4Linear] = []
+        for _, groups in self._batches(names, "weight_packed"):
+            packed = [[self.reader.read(f"{prefix}.weight_packed") for prefix in group] for group in groups]
+            scales = [[self.reader.read(f"{prefix}.weight_scale").to(self.dtype) for prefix in g] for g in groups]
+            made += self.packer.pack_int4(packed, scales, gated, self.int8_activations)
+            self._release(groups, "weight_packed")
+        return tuple(made)
+
+    def _batches(self, names: list[list[str]], suffix: str) -> Iterator[tuple[int, list[list[str]]]]:
+        """(place of the first, as many of the weights as have PACKING_BYTES on disk): what is mapped at a time."""
+        infos = self.reader.tensors()
+        most = max(1, PACKING_BYTES // sum(infos[f"{prefix}.{suffix}"].nbytes for prefix in names[0]))
+        for first in range(0, len(names), most):
+            yield first, names[first : first + most]
+
+    def _release(self, names: list[list[str]], suffix: str) -> None:
+        for prefix in (prefix for group in names for prefix in group):
+            self.reader.release(f"{prefix}.{suffix}")
 
     def _fill(self, joined: torch.Tensor, prefixes: tuple[str, ...] | list[str]) -> None:
         row = 0
@@ -174,12 +246,12 @@ def load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
         weights = MoeWeights(
             router=loader.linear(feed_forward + "router"),
             experts=loader.experts(feed_forward + "experts.", arch.num_experts),
-            shared_gate_up=loader.linear(shared + "gate_proj", shared + "up_proj"),
+            shared_gate_up=loader.linear(shared + "gate_proj", shared + "up_proj", gated=True),
             shared_down=loader.linear(shared + "down_proj"),
         )
     else:
         weights = MlpWeights(
-            gate_up=loader.linear(feed_forward + "gate_proj", feed_forward + "up_proj"),
+            gate_up=loader.linear(feed_forward + "gate_proj", feed_forward + "up_proj", gated=True),
             down=loader.linear(feed_forward + "down_proj"),
         )
     return LayerWeights(
@@ -193,16 +265,25 @@ def load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
 
 def tensors_of(weights: Any) -> Iterator[torch.Tensor]:
     """Every tensor in a tree of weight dataclasses and tuples."""
-    if isinstance(weights, torch.Tensor):
-        yield weights
-    elif isinstance(weights, tuple | list):
+    return (node for node in _walk(weights) if isinstance(node, torch.Tensor))
+
+
+def _walk(weights: Any) -> Iterator[Any]:
+    """Every node of the tree."""
+    yield weights
+    if isinstance(weights, tuple | list):
         for item in weights:
-            yield from tensors_of(item)
+            yield from _walk(item)
     elif is_dataclass(weights):
         for field in fields(weights):
-            yield from tensors_of(getattr(weights, field.name))
+            yield from _walk(getattr(weights, field.name))
 
 
 def nbytes_of(weights: Any) -> int:
-    """Bytes of all weights in a tree as they are stored in memory."""
-    return sum(tensor.nbytes for tensor in tensors_of(weights))
+    """Bytes of all weights in a tree as they are stored in memory, without what pads a router's only panel."""
+    padding = sum(_padding(weight) for weight in _walk(weights) if isinstance(weight, PanelLinear))
+    return sum(tensor.nbytes for tensor in tensors_of(weights)) - padding
+
+
+def _padding(weight: PanelLinear) -> int:
+    return weight.words.nbytes - 2 * weight.out_features * weight.in_features

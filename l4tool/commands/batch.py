@@ -53,6 +53,8 @@ class _Size(click.ParamType):
               help="stream: read layers from disk while it runs, for checkpoints larger than memory.")  # fmt: skip
 @click.option("--memory", type=_Size(), metavar="SIZE",
               help="With --weights stream: what the process may take.  [default: most of what is free]")  # fmt: skip
+@click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
+              help="int8: faster products with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Processes that compute: one CUDA device each, or the CPU cores split.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")

@@ -25,7 +25,7 @@ def streamed():
     models = []
 
     def make(folder, dtype=torch.float32, ahead=1, keep_cached=False):
-        models.append(stream_model(open_checkpoint(folder), dtype, ahead, keep_cached))
+        models.append(stream_model(open_checkpoint(folder), dtype, "auto", ahead, keep_cached))
         return models[-1]
 
     yield make
@@ -180,7 +180,7 @@ def test_what_a_load_raises_is_raised_by_the_next_take():
 
 def test_close_while_a_part_is_loading_ends_the_thread(scout_tiny):
     before = threading.active_count()
-    model = stream_model(open_checkpoint(scout_tiny), torch.float32, 1, False)
+    model = stream_model(open_checkpoint(scout_tiny), torch.float32, "auto", 1, False)
     model.close()
     assert threading.active_count() == before
     with pytest.raises(AssertionError):

@@ -37,11 +37,13 @@ class ReadAhead:
         return getattr(self._reader, name)
 
     def expect(self, names: Sequence[str]) -> None:
-        """These are read next, in this order; what was fetched for an earlier plan and not read is let go."""
+        """These are read next, in this order. What was fetched for an earlier plan stays where it is in this one."""
         extents = [self._reader.extent(name) for name in names]
         with self._lock:
-            self._drop()
-            self._coming, self._uses = dict.fromkeys(extents), Counter(extents)
+            self.names, self._last, self._uses = [], None, Counter(extents)
+            for extent in [extent for extent in self._begun if extent not in self._uses]:
+                self._begun.pop(extent).cancel()
+            self._coming = dict.fromkeys(extent for extent in extents if extent not in self._begun)
             self._fill()
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:

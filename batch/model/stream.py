@@ -148,29 +148,39 @@ class StreamedText:
         self._parts.close()
 
     def _load(self, index: int) -> Any:
+        """Load a part. What the next one will read is fetched by the end of it, so that the disk never rests."""
+        arch = self._reader.arch.text
+        following = (index + 1) % (arch.num_layers + 1)
+        try:
+            self._source.expect([*self._foreseen(index), *self._foreseen(following)])
+            with torch.inference_mode():
+                if index == arch.num_layers:
+                    part: Any = self._loader.linear(LM_HEAD.removesuffix(".weight"))
+                else:
+                    part = load_layer(self._loader, arch, index)
+        except BaseException as error:
+            self._source.finish()
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise DeviceError(
+                    f"no memory is left for the weights of the next layer: {error}",
+                    hint="give a smaller --memory or --kv-memory; the same command carries on",
+                ) from error
+            raise
+        kind, base = self._kind(index)
+        self._orders[kind] = [name.removeprefix(base) for name in self._source.names]
+        return part
+
+    def _kind(self, index: int) -> tuple[str, str]:
+        """Parts of one kind read the same names, but for what these begin with."""
         arch = self._reader.arch.text
         if index == arch.num_layers:
-            return self._read_part("head", "", lambda: self._loader.linear(LM_HEAD.removesuffix(".weight")))
-        kind = "moe" if arch.is_moe(index) else "dense"
-        return self._read_part(kind, layer_prefix(index), lambda: load_layer(self._loader, arch, index))
+            return "head", ""
+        return "moe" if arch.is_moe(index) else "dense", layer_prefix(index)
 
-    def _read_part(self, kind: str, base: str, load: Callable[[], Any]) -> Any:
-        """Load a part, its tensors fetched in the order in which the last part of its kind read its own."""
-        self._source.expect([base + name for name in self._orders.get(kind, ()) if self._exists(base + name)])
-        try:
-            with torch.inference_mode():
-                part = load()
-            self._orders[kind] = [name.removeprefix(base) for name in self._source.names]
-            return part
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise DeviceError(
-                f"no memory is left for the weights of the next layer: {error}",
-                hint="give a smaller --memory or --kv-memory; the same command carries on",
-            ) from error
-        finally:
-            self._source.finish()
+    def _foreseen(self, index: int) -> list[str]:
+        """The tensors of a part in the order in which the last part of its kind read its own."""
+        kind, base = self._kind(index)
+        return [base + name for name in self._orders.get(kind, ()) if self._exists(base + name)]
 
     def _exists(self, name: str) -> bool:
         """Layers of one kind may be quantized differently."""

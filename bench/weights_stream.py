@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="default: 28 layers of the mini Scout, made in --work")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where the checkpoint is kept")
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("3GB"), help="what the process may take")
-    parser.add_argument("--lines", type=int, default=512)
+    parser.add_argument("--lines", type=int, default=320)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")

@@ -23,6 +23,7 @@ from l4tool.core.errors import CheckpointError, InputMissing
 PIECE_BYTES = 8 << 20  # of one read
 THREADS = 4  # reads at a time: a queue of one leaves most disks waiting
 SECTOR_BYTES = 4096  # what reads past the page cache must be multiples of
+HUGE_PAGE = 2 << 20
 ROWS_AT_ONCE = 64  # single rows that one thread reads before it looks for more
 
 
@@ -166,16 +167,17 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _memory(num_bytes: int) -> memoryview:
-    """Private memory of its own mapping, given back as soon as nobody holds a part of it; large pages where the system
-    has them, since every small one is a page fault."""
+    """Private memory of its own mapping, given back as soon as nobody holds a part of it; in huge pages where the
+    system has them, since every small one is a page fault. Mappings of whole huge pages begin at one."""
+    length = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE if num_bytes >= HUGE_PAGE else max(num_bytes, 1)
     try:
-        pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no {num_bytes} bytes for weights: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= HUGE_PAGE:
         with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
+            pages.madvise(mmap.MADV_HUGEPAGE, 0, num_bytes // HUGE_PAGE * HUGE_PAGE)
+    return memoryview(pages)[:num_bytes]
 
 
 def _fill(extent: Extent, fd: int, target: memoryview, at: int, needed: int) -> None:

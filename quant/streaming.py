@@ -66,9 +66,10 @@ def weigh(reader: Reader, item_bytes: int) -> WeightBytes:
     in the file."""
     text = reader.arch.text
     layers = [0] * text.num_layers
-    head = embedding = vision = largest = 0
+    head = embedding = vision = largest = total = 0
     for name, info in reader.tensors().items():
         held = math.prod(info.shape) * item_bytes if info.dtype in _FLOATS else info.nbytes
+        total += held
         layer = _LAYER.match(name)
         if layer is not None:
             layers[int(layer[1])] += held
@@ -81,9 +82,8 @@ def weigh(reader: Reader, item_bytes: int) -> WeightBytes:
         if layer is not None or name == LM_HEAD:
             largest = max(largest, reader.extent(name).nbytes)
     if text.tie_word_embeddings:
-        head, largest = embedding, max(largest, reader.extent(EMBEDDING).nbytes)
-    parts = (*layers, head)
-    return WeightBytes(parts, vision, sum(parts) + embedding + vision, largest)
+        head, largest, total = embedding, max(largest, reader.extent(EMBEDDING).nbytes), total + embedding
+    return WeightBytes((*layers, head), vision, total, largest)
 
 
 def divide(

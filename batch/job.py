@@ -74,6 +74,8 @@ class BatchOptions:
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
     prefix_cache: bool = True
+    weights: str = "memory"
+    memory_bytes: int | None = None
     workers: int = 1
 
 
@@ -103,8 +105,17 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
         "kv_memory_bytes": options.kv_memory_bytes,
         "max_seqs": options.max_seqs,
         "prefix_cache": options.prefix_cache,
+        "stream_weights": options.weights == "stream",
+        "memory_bytes": options.memory_bytes,
     }
+    if options.memory_bytes is not None and options.weights != "stream":
+        raise UsageError("--memory goes with --weights stream", hint="leave it away, or add --weights stream")
     if options.workers > 1:
+        if options.weights == "stream":
+            raise UsageError(
+                "--weights stream and --workers exclude each other: each worker would read all weights from the disk",
+                hint="leave --workers away; one process uses all cores",
+            )
         from batch.backends.workers import embedded_workers
 
         return embedded_workers(options.model, engine, options.workers)

@@ -12,7 +12,7 @@ from converters.arch_io import arch_from_config
 from converters.fields import read_json_object
 from converters.names import MULTIMODAL_HF, TEXT_HF, canonical_shapes
 from converters.quant_config import LinearFormat
-from converters.reader import TensorInfo
+from converters.reader import Extent, TensorInfo
 from l4tool.core.arch import Arch
 from l4tool.core.errors import CheckpointError, InputMissing
 
@@ -42,6 +42,12 @@ class ConfigOnly:
         }
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        raise InputMissing(f"{self.path} is a config without weights", hint="give the checkpoint's folder")
+
+    def extent(self, name: str) -> Extent:
+        raise InputMissing(f"{self.path} is a config without weights", hint="give the checkpoint's folder")
+
+    def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
         raise InputMissing(f"{self.path} is a config without weights", hint="give the checkpoint's folder")
 
     def prefetch(self, name: str) -> None:

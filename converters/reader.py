@@ -28,6 +28,19 @@ class TensorInfo:
     file: Path
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Bytes [start, stop) of one file: where a tensor lies, or for a fused expert all of the expert's projection."""
+
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
 class Reader(Protocol):
     """One open checkpoint. Opening reads headers only and has already checked every name, shape and file size."""
 
@@ -45,6 +58,14 @@ class Reader(Protocol):
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A canonical tensor or a range of its rows; a zero-copy view of the mapped file where the layout allows,
         so it may be strided (a fused expert is stored [in, out]) and must not be written to."""
+        ...
+
+    def extent(self, name: str) -> Extent:
+        """Where the bytes behind a tensor lie, for whoever reads them by other ways. KeyError if unknown."""
+        ...
+
+    def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
+        """What `read(name)` gives, out of a copy of its extent's bytes (uint8), sharing their memory."""
         ...
 
     def prefetch(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from converters.folder import CheckpointFolder
 from converters.names import EMBEDDING, LM_HEAD, Part, Row
 from converters.quant_config import LinearFormat
-from converters.reader import TensorInfo
+from converters.reader import Extent, TensorInfo
 from converters.safetensors_io import SafetensorsFile
 from converters.transforms import part_view
 from l4tool.core.arch import Arch
@@ -63,6 +64,21 @@ class TableReader:
         """A zero-copy view, [out, in] for every Linear; a fused expert gives a strided one. KeyError if unknown."""
         stored, part = self._find(name)
         return part_view(self.folder.view(stored), part, rows)
+
+    def extent(self, name: str) -> Extent:
+        """Where the bytes behind a tensor lie (all of the expert's for a fused one). KeyError if unknown."""
+        file, start, stop = self._bytes_of(name)
+        return Extent(file.path, start, stop)
+
+    def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
+        """What `read(name)` gives, out of a copy of its extent's bytes (uint8), sharing their memory where the dtype's
+        alignment allows."""
+        stored, part = self._find(name)
+        tensor = self.folder.stored[stored]
+        aligned = raw if raw.data_ptr() % tensor.dtype.itemsize == 0 else raw.clone()
+        if part.expert is None:
+            return aligned.view(tensor.dtype).view(tensor.shape)
+        return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, expert=0))
 
     def prefetch(self, name: str) -> None:
         """Start reading a tensor's bytes (all of the expert's for a fused one) into the page cache."""

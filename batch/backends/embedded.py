@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from batch.backends.base import RequestSource
+from batch.backends.loading import load_streamed, load_whole
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
 from batch.backends.warm_up import warm_up
@@ -19,9 +20,10 @@ from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
 from batch.engine.stats import EngineStats
-from batch.model.model import Model, load_model
+from batch.model.model import Model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
+from converters.reader import Reader
 from l4tool.core.errors import UsageError
 from quant.memory import (
     CPU_BLOCK,
@@ -43,7 +45,8 @@ class Detokenizer(Protocol):
 class EmbeddedOptions:
     """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
     cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
-    `first_alone`: see `Scheduler`."""
+    `first_alone`: see `Scheduler`. `stream_weights`: layers are read from disk while it runs, in a process that takes
+    `memory_bytes` at most."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -55,6 +58,8 @@ class EmbeddedOptions:
     block_size: int | None = None
     memory_share: int = 1
     first_alone: bool = False
+    stream_weights: bool = False
+    memory_bytes: int | None = None
 
 
 @dataclass(eq=False)
@@ -84,11 +89,19 @@ class EmbeddedBackend:
     ) -> None:
         options = options or EmbeddedOptions()
         self.tokenizer = tokenizer
-        if not isinstance(model, Model):
+        self._own: Model | None = None
+        if isinstance(model, Model):
+            config = engine_config(model, options)
+        else:
             reader = open_checkpoint(model)
             with warm_up(reader, options.device, options.dtype, options.activations):
-                model = load_model(reader, options.device, options.dtype, options.activations)
-        self.engine = Engine(model, engine_config(model, options), eos_token_ids)
+                model, config = load(reader, options)
+            self._own = model
+        try:
+            self.engine = Engine(model, config, eos_token_ids)
+        except BaseException:
+            self._close_model()
+            raise
 
     @property
     def stats(self) -> EngineStats:
@@ -123,14 +136,20 @@ class EmbeddedBackend:
     def close(self) -> None:
         """Free the weights and the KV cache."""
         self.engine.close()
+        self._close_model()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _close_model(self) -> None:
+        if self._own is not None:
+            self._own.close()
+
     def _feed(self, source: RequestSource, jobs: dict[int, _Job]) -> Iterator[GenerationResult]:
-        """Pull requests while the engine has use for them; wait for one only when there is nothing else to do."""
+        """Pull requests while the engine has use for them; wait for one only when there is nothing else to do, or when
+        a step costs reading all weights, whatever its size."""
         while self.engine.wants_more:
             began_s = time.perf_counter()
-            request = source.take(wait=not self.engine.has_work)
+            request = source.take(wait=self.engine.model.is_streamed or not self.engine.has_work)
             self.stats.input_wait_s += time.perf_counter() - began_s
             if request is None:
                 return
@@ -215,6 +234,20 @@ class EmbeddedBackend:
         for sequence in job.sequences:
             if not sequence.is_over:
                 self.engine.finish(sequence, "stop")
+
+
+def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]:
+    """The model as the options want it, and what its engine may use. Raises UsageError, DeviceError, CheckpointError,
+    InputMissing."""
+    if not options.stream_weights:
+        model = load_whole(reader, options.device, options.dtype, options.activations, options.memory_share)
+        return model, engine_config(model, options)
+    asked = (options.memory_bytes, options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
+    model, room = load_streamed(reader, options.device, options.dtype, options.activations, *asked)
+    filled = replace(
+        options, max_batch_tokens=room.max_batch_tokens, max_seqs=room.max_seqs, kv_memory_bytes=room.kv_bytes
+    )
+    return model, engine_config(model, filled)
 
 
 def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:

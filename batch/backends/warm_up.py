@@ -24,7 +24,7 @@ from batch.engine.sequence import Sequence
 from batch.model.model import load_model
 from batch.requests import SamplingParams
 from converters.quant_config import LinearFormat
-from converters.reader import Reader, TensorInfo
+from converters.reader import Extent, Reader, TensorInfo
 from l4tool.core.arch import Arch, TextArch
 
 SWITCH_S = 0.0005  # while two threads share the interpreter: the default lets the one that loads wait ten times as long
@@ -109,6 +109,12 @@ class TinyReader(Reader):
         else:
             tiny = torch.randint(-(2**31), 2**31 - 1, self._shape(name), generator=self._random, dtype=real.dtype)
         return tiny if real.is_contiguous() else tiny.T.contiguous().T  # fused experts are stored [in, out]
+
+    def extent(self, name: str) -> Extent:
+        return self._real.extent(self._real_name(name))
+
+    def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
+        return self.read(name)
 
     def release(self, name: str) -> None:
         pass

@@ -23,7 +23,7 @@ from batch.engine.sequence import Piece, Sequence
 from batch.engine.stats import EngineStats
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams, TokenMask
-from l4tool.core.errors import DeviceError
+from l4tool.core.errors import DeviceError, L4Error
 from l4tool.core.sizes import format_bytes
 from quant.memory import BlockNeed, pools
 
@@ -212,6 +212,8 @@ class Engine:
 
     def _recover(self, plan: list[Piece], error: Exception) -> list[Sequence]:
         """A step failed; nothing of it was booked, so it can be repeated smaller. Returns the sequences that end."""
+        if isinstance(error, L4Error):
+            raise error  # weights that are read while it runs: no fault of these sequences
         if isinstance(error, torch.AcceleratorError):
             raise DeviceError(f"the device failed: {error}", hint="run again; if it stays, use --device cpu") from error
         if isinstance(error, ImageEncodingError):
@@ -283,6 +285,7 @@ class Engine:
         stats.count_step(plan, times)
         stats.count_memory(self.blocks, self.features)
         stats.preemptions = self.scheduler.num_preemptions
+        stats.weights_read_bytes, stats.weights_wait_s = self.model.weights_read()
         self._failures_in_a_row = 0
         self._good_steps += 1
         limit = self.scheduler.max_batch_tokens

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from batch.model.vision import VisionModel
 from batch.requests import ImageTiles
 
 if TYPE_CHECKING:
     from batch.model.model import Model
-    from batch.model.vision import VisionModel
 
 Encode = Callable[[list[ImageTiles]], list[torch.Tensor]]
 TILES_AT_ONCE = 32  # on CUDA: about 20,000 rows
@@ -118,7 +118,7 @@ def encoder_of(model: Model, tiles_at_once: int | None = None) -> Encode:
     """
     if tiles_at_once is None:
         tiles_at_once = TILES_AT_ONCE if model.device.type == "cuda" else 1
-    if model.vision is None or tiles_at_once == 1:
+    if not isinstance(model.vision, VisionModel) or tiles_at_once == 1:
         return model.encode_images
     return functools.partial(_encode_together, model.vision, tiles_at_once)
 

@@ -17,6 +17,7 @@ from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
 from batch.requests import ImageTiles
+from l4tool.core.errors import L4Error
 
 
 class ImageEncodingError(Exception):
@@ -109,6 +110,8 @@ class Runner:
         for piece, end, images, first in shown:
             try:
                 found, pieces = images.slice(piece.start, end, encode)
+            except L4Error:
+                raise  # the tower cannot be read
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)

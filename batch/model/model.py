@@ -9,10 +9,12 @@ import torch
 from batch.model import kv as paged
 from batch.model.inputs import StepInput
 from batch.model.kv import KVCache
+from batch.model.stream import StreamedText, VisionOnDemand
 from batch.model.text import TextModel
 from batch.model.vision import VisionModel, load_vision
 from batch.model.weights import Loader, load_text, nbytes_of
 from batch.requests import ImageTiles
+from converters.disk import WeightFiles
 from converters.reader import Reader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import DeviceError, UsageError
@@ -25,11 +27,14 @@ class Model:
     """One model on one device. `forward` and `encode_images` are all that runs; neither keeps state."""
 
     def __init__(
-        self, arch: Arch, text: TextModel, vision: VisionModel | None, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, arch: Arch, text: TextModel, vision: VisionModel | VisionOnDemand | None, device: torch.device,
+        dtype: torch.dtype, files: WeightFiles | None = None,
+    ) -> None:  # fmt: skip
         self.arch, self.text, self.vision = arch, text, vision
         self.device, self.dtype = device, dtype
-        self.weights_nbytes = nbytes_of(text.weights) + (nbytes_of(vision.weights) if vision else 0)
+        self._files = files  # that weights are streamed from
+        tower = vision.weights if isinstance(vision, VisionModel) else None
+        self.weights_nbytes = nbytes_of(text.weights) + nbytes_of(tower)  # of those that stay in memory
 
     def kv_bytes_per_block(self, kind: Kind, block_size: int) -> int:
         """Bytes of one KV block ("full" or "chunked") over all its layers."""
@@ -47,6 +52,8 @@ class Model:
     @torch.inference_mode()
     def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
         """One step over flat tokens: updates `kv`, returns float32 logits [N, V] for step.logits_rows."""
+        if isinstance(self.vision, VisionOnDemand):
+            self.vision.let_go()
         return self.text.forward(step, kv)
 
     @torch.inference_mode()
@@ -55,6 +62,24 @@ class Model:
         if self.vision is None:
             raise UsageError("this checkpoint has no vision tower", hint="send text only, or use a multimodal export")
         return [self.vision.encode(torch.from_numpy(image.pixels)) for image in images]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Every step reads the weights anew."""
+        return self._files is not None
+
+    def weights_read(self) -> tuple[int, float]:
+        """Bytes of streamed weights read so far, and seconds that computing waited for them."""
+        if self._files is None or not isinstance(self.text.weights, StreamedText):
+            return 0, 0.0
+        return self._files.num_bytes, self.text.weights.wait_s
+
+    def close(self) -> None:
+        """End what streams weights; without that nothing happens."""
+        if isinstance(self.text.weights, StreamedText):
+            self.text.weights.close()
+        if self._files is not None:
+            self._files.close()
 
 
 def load_model(
@@ -77,6 +102,22 @@ def load_model(
             f"{reader.path} does not fit on {where}: {error}", hint="quantize it first: l4tool quantize --int4"
         ) from error
     return Model(reader.arch, text, vision, where, kind)
+
+
+def stream_model(
+    reader: Reader, dtype: torch.dtype | str | None, activations: str, ahead: int, keep_cached: bool
+) -> Model:
+    """A model on the CPU whose layers are read while it runs, `ahead` (0 or 1) of them before they are needed; it
+    must be closed. `keep_cached`: files stay in the page cache. Raises UsageError, CheckpointError, InputMissing."""
+    kind, arch = resolve_dtype(dtype, reader.arch), reader.arch
+    files = WeightFiles(reader.weight_files(), keep_cached)
+    try:
+        text = TextModel(arch.text, StreamedText(reader, files, kind, activations, ahead))
+    except BaseException:
+        files.close()
+        raise
+    vision = VisionOnDemand(reader, files, kind) if arch.vision is not None else None
+    return Model(arch, text, vision, torch.device("cpu"), kind, files)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

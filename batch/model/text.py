@@ -6,15 +6,18 @@ Legend: T tokens in the step, H hidden, A heads, K kv heads, D head_dim, N rows 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from batch.kernels import ops
+from batch.kernels.linears import Linear
 from batch.kernels.paging import PagedBatch
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.rope import cos_sin, inverse_frequencies, temperature
-from batch.model.weights import LayerWeights, MlpWeights, MoeWeights, TextWeights
+from batch.model.slices import rows_of, slices
+from batch.model.weights import LayerWeights, MlpWeights, MoeWeights
 from l4tool.core.arch import TextArch
 
 
@@ -29,32 +32,62 @@ class StepTables:
     chunked: PagedBatch
 
 
+class TextSource(Protocol):
+    """Where the weights come from: TextWeights has them, StreamedText reads them when they are asked for.
+
+    A step asks for layers 0 … L - 1 and then for the head, and lets go of each before it asks for the next.
+    """
+
+    @property
+    def norm(self) -> torch.Tensor: ...
+
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor: ...
+
+    def layer(self, index: int) -> LayerWeights: ...
+
+    def head(self) -> Linear: ...
+
+
 class TextModel:
     """Embedding, decoder layers, final norm and lm_head. Holds weights only; all state is in the KVCache."""
 
-    def __init__(self, arch: TextArch, weights: TextWeights) -> None:
+    def __init__(self, arch: TextArch, weights: TextSource) -> None:
         self.arch, self.weights = arch, weights
         self.scale = arch.head_dim**-0.5
-        self.inverse = inverse_frequencies(arch).to(weights.embed.device)  # [D/2]
+        self.inverse = inverse_frequencies(arch).to(weights.norm.device)  # [D/2]
 
     def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
-        """One step: writes the tokens' keys and values into `kv`, returns logits float32 [N, V]."""
+        """One step: writes the tokens' keys and values into `kv`, returns logits float32 [N, V].
+
+        Each layer computes all tokens before the next begins, a slice of them at a time where they are many.
+        """
         hidden = self._embed(step)  # [T, H]
-        tables = self._tables(step)
-        deltas: tuple[torch.Tensor, ...] = ()  # what the layer before still has to add to `hidden`
-        for index, layer in enumerate(self.weights.layers):
-            normed = ops.add_rms_norm(hidden, deltas, layer.input_norm, self.arch.rms_norm_eps)  # [T, H]
-            attended = self._attention(index, layer, normed, step, tables, kv)  # [T, H]
-            normed = ops.add_rms_norm(hidden, (attended,), layer.post_norm, self.arch.rms_norm_eps)
-            deltas = feed_forward(normed, layer.feed_forward)  # 1 or 2 × [T, H]
-        rows = step.logits_rows
-        last = ops.add_rms_norm(
-            hidden[rows], tuple(delta[rows] for delta in deltas), self.weights.norm, self.arch.rms_norm_eps
-        )  # [N, H]
-        return ops.linear(last, self.weights.lm_head).float()  # [N, V]
+        parts = [(part.rows, part.step, self._tables(part.step)) for part in slices(step)]
+        deltas: list[tuple[torch.Tensor, ...]] = [() for _ in parts]  # what the layer before still adds to `hidden`
+        for index in range(self.arch.num_layers):
+            layer = self.weights.layer(index)
+            for n, (rows, part, tables) in enumerate(parts):
+                deltas[n] = self._layer(index, layer, hidden[rows], deltas[n], part, tables, kv)
+            del layer  # or it would stay in memory while the next is waited for
+        chosen = [rows_of(part.logits_rows, hidden[rows], *deltas[n]) for n, (rows, part, _) in enumerate(parts)]
+        last, *more = (torch.cat(tensors) for tensors in zip(*chosen, strict=True))  # [N, H] each
+        last = ops.add_rms_norm(last, tuple(more), self.weights.norm, self.arch.rms_norm_eps)
+        del hidden, deltas, chosen
+        return ops.linear(last, self.weights.head()).float()  # [N, V]
+
+    def _layer(
+        self, index: int, layer: LayerWeights, hidden: torch.Tensor, deltas: tuple[torch.Tensor, ...],
+        step: StepInput, tables: StepTables, kv: KVCache,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """One layer over the tokens of one slice: adds `deltas` and the attention to hidden [T, H], returns what the
+        feed-forward adds, 1 or 2 × [T, H]."""
+        normed = ops.add_rms_norm(hidden, deltas, layer.input_norm, self.arch.rms_norm_eps)  # [T, H]
+        attended = self._attention(index, layer, normed, step, tables, kv)  # [T, H]
+        normed = ops.add_rms_norm(hidden, (attended,), layer.post_norm, self.arch.rms_norm_eps)
+        return feed_forward(normed, layer.feed_forward)
 
     def _embed(self, step: StepInput) -> torch.Tensor:
-        hidden = self.weights.embed[step.token_ids]  # [T, H]
+        hidden = self.weights.embedding(step.token_ids)  # [T, H]
         if step.image_rows is not None:
             assert step.image_features is not None
             hidden[step.image_rows] = step.image_features.to(hidden.dtype)  # [P, H]

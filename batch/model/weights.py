@@ -29,9 +29,9 @@ from batch.kernels.linears import (
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
 from l4tool.core.errors import CheckpointError, UsageError
+from quant.streaming import PACKING_BYTES
 
 MODEL = "language_model.model."
-BATCH_BYTES = 256 << 20  # of a layer's experts that are mapped while they are packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,16 @@ class TextWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     lm_head: Linear
+
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] → rows of the embedding [T, H], a copy."""
+        return self.embed[token_ids]
+
+    def layer(self, index: int) -> LayerWeights:
+        return self.layers[index]
+
+    def head(self) -> Linear:
+        return self.lm_head
 
 
 class Loader:
@@ -180,9 +190,9 @@ class Loader:
         return tuple(made)
 
     def _batches(self, names: list[list[str]], suffix: str) -> Iterator[tuple[int, list[list[str]]]]:
-        """(place of the first, as many of the weights as have BATCH_BYTES on disk): what is mapped at a time."""
+        """(place of the first, as many of the weights as have PACKING_BYTES on disk): what is mapped at a time."""
         infos = self.reader.tensors()
-        most = max(1, BATCH_BYTES // sum(infos[f"{prefix}.{suffix}"].nbytes for prefix in names[0]))
+        most = max(1, PACKING_BYTES // sum(infos[f"{prefix}.{suffix}"].nbytes for prefix in names[0]))
         for first in range(0, len(names), most):
             yield first, names[first : first + most]
 
@@ -217,22 +227,33 @@ class Loader:
         )
 
 
-def load_text(loader: Loader, arch: TextArch) -> TextWeights:
-    """Every weight of the language model. Raises CheckpointError."""
+def require_top_1(reader: Reader, arch: TextArch) -> None:
+    """Raises CheckpointError for what the kernels do not compute."""
     if arch.experts_per_token != 1 and arch.moe_layers:
         raise CheckpointError(
-            f"{loader.reader.path}: num_experts_per_tok is {arch.experts_per_token}; only top-1 routing is supported"
+            f"{reader.path}: num_experts_per_tok is {arch.experts_per_token}; only top-1 routing is supported"
         )
+
+
+def load_text(loader: Loader, arch: TextArch) -> TextWeights:
+    """Every weight of the language model. Raises CheckpointError."""
+    require_top_1(loader.reader, arch)
     return TextWeights(
         embed=loader.tensor(f"{MODEL}embed_tokens.weight"),
-        layers=tuple(_load_layer(loader, arch, layer) for layer in range(arch.num_layers)),
+        layers=tuple(load_layer(loader, arch, layer) for layer in range(arch.num_layers)),
         norm=loader.tensor(f"{MODEL}norm.weight"),
         lm_head=loader.linear("language_model.lm_head"),
     )
 
 
-def _load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
-    base = f"{MODEL}layers.{layer}."
+def layer_prefix(layer: int) -> str:
+    """What the canonical names of a layer's tensors begin with."""
+    return f"{MODEL}layers.{layer}."
+
+
+def load_layer(loader: Loader, arch: TextArch, layer: int) -> LayerWeights:
+    """One decoder layer. Raises CheckpointError."""
+    base = layer_prefix(layer)
     attention, feed_forward = base + "self_attn.", base + "feed_forward."
     weights: MoeWeights | MlpWeights
     if arch.is_moe(layer):

@@ -49,6 +49,10 @@ class _Size(click.ParamType):
               help="Compute the beginning that lines have in common, and their pictures, only once.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--weights", type=click.Choice(["memory", "stream"]), default="memory", show_default=True,
+              help="stream: read layers from disk while it runs, for checkpoints larger than memory.")  # fmt: skip
+@click.option("--memory", type=_Size(), metavar="SIZE",
+              help="With --weights stream: what the process may take.  [default: most of what is free]")  # fmt: skip
 @click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
               help="int8: faster products with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
@@ -119,6 +123,7 @@ def command(**options: Any) -> int:
     max_errors, shard = options.pop("max_errors"), options.pop("shard")
     renamed = {
         "kv_memory_bytes": options.pop("kv_memory"),
+        "memory_bytes": options.pop("memory"),
         "in_order": options.pop("order") == "input",
         "grace_s": options.pop("grace"),
         "max_errors": MaxErrors.parse(max_errors) if max_errors else None,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from batch.backends import memory
 from batch.backends.base import ListSource
 from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions, engine_config
 from batch.backends.memory import available_bytes, default_kv_bytes
@@ -195,15 +196,24 @@ def test_options_have_sensible_defaults(model):
         engine_config(model, EmbeddedOptions(block_size=24))
 
 
-def test_default_kv_memory_respects_a_cgroup_limit(tmp_path, monkeypatch):
-    limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text("1000000\n")
-    used.write_text("400000\n")
-    monkeypatch.setattr("batch.backends.memory.CGROUP_LIMITS", ((str(limit), str(used)),))
+@pytest.mark.parametrize("version", [1, 2])
+def test_default_kv_memory_respects_a_cgroup_limit(tmp_path, monkeypatch, version):
+    """The limit may be on any group above one's own; cached file pages are no obstacle."""
+    names = memory.CGROUP_FILES[version]
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    own.write_text("4:memory:/a/b\n3:cpu:/c\n" if version == 1 else "0::/a/b\n")
+    group = root / "memory" / "a" if version == 1 else root / "a"
+    group.mkdir(parents=True)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", own)
+    monkeypatch.setattr(memory, "CGROUP_ROOT", root)
+    (group / names[0]).write_text("1000000\n")
+    (group / names[1]).write_text("400000\n")
     assert available_bytes() == 600_000
     assert default_kv_bytes(torch.device("cpu"), 0) == 300_000
-    limit.write_text("max\n")
-    assert available_bytes() > 600_000
+    (group / "memory.stat").write_text(f"other 5\n{names[2]} 300000\n")
+    assert available_bytes() == 900_000
+    (group / names[0]).write_text("max\n")
+    assert available_bytes() > 900_000
 
 
 def test_waiting_for_input_and_for_whoever_takes_the_results_is_counted(model, tokenizer):

@@ -58,6 +58,16 @@ def check_blocks(scheduler):
         assert all(getattr(s.held, kind).length == 0 for s in scheduler.waiting)
 
 
+def test_a_large_step_is_filled_at_once():
+    """However many wait: where weights come from disk, a step that is not full costs as much as a full one."""
+    scheduler = make_scheduler(full=1024, chunked=1024, max_seqs=500, max_batch_tokens=4000)
+    for name in range(300):
+        scheduler.add(make_sequence(name, 10, 3))
+    plan = scheduler.schedule()
+    check_plan(scheduler, plan)
+    assert len(plan) == 300 and len(scheduler.admitted) == 300 and not scheduler.waiting
+
+
 def test_decodes_come_first_and_the_rest_of_the_budget_is_prefill():
     scheduler = make_scheduler(max_batch_tokens=20)
     short, long = make_sequence("short", 4, 9), make_sequence("long", 50, 5)

@@ -121,7 +121,9 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
         return embedded_workers(options.model, engine, options.workers)
     from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 
-    return EmbeddedBackend(options.model, front.tokenizer, EmbeddedOptions(**engine), eos_token_ids=())
+    # Alone in a step that reads all weights, a first line would cost as much as thousands.
+    with_defaults = EmbeddedOptions(**engine, first_alone=options.weights != "stream")
+    return EmbeddedBackend(options.model, front.tokenizer, with_defaults, eos_token_ids=())
 
 
 def _device(name: str) -> str:
@@ -227,14 +229,17 @@ def _answer(
     else:
         if state.has_results:
             note(f"carrying on: {state.totals.lines:,} lines of {options.output} are done")
-        started_s = time.monotonic()
-        with device_errors():
-            made = make_backend(options, front)
-        with contextlib.closing(made) as backend:
-            summary.load_seconds = time.monotonic() - started_s
-            state.start()
-            run = _Run(options, front, state, summary, stop, total)
-            run.run(backend, itertools.chain([first], wanted))
+        run = _Run(options, front, state, summary, stop, total, itertools.chain([first], wanted))
+        with contextlib.closing(run.source):
+            if not source.is_stream:
+                run.source.start()  # the first lines are prepared while the model loads
+            started_s = time.monotonic()
+            with device_errors():
+                made = make_backend(options, front)
+            with contextlib.closing(made) as backend:
+                summary.load_seconds = time.monotonic() - started_s
+                state.start()
+                run.run(backend)
         stop.raise_if_requested()
         lines.raise_if_broken()
     summary.lines, summary.blank_lines = keys.lines, lines.reader.blank_lines
@@ -288,32 +293,33 @@ class _Run:
 
     def __init__(
         self, options: BatchOptions, front: Front, state: RunState, summary: Summary, stop: GracefulStop,
-        total_lines: int | None,
+        total_lines: int | None, lines: Iterator[tuple[RawLine, bytes]],
     ) -> None:  # fmt: skip
         self.state, self.summary, self.stop, self.max_errors = state, summary, stop, options.max_errors
         self.pending: dict[int, tuple[LineInfo, int]] = {}  # with the number of pictures
         self.responses = ResponseWriter(
             front.tokenizer, _model_name(options.model), "l4_" + summary.fingerprint, state.created_s
         )
-        self.preparer = make_preparer(options, front)
-        self.started_s = time.monotonic()
-        self.progress = Progress("batch", total_lines, unit="lines", initial=state.totals.lines)
-
-    def run(self, backend: Backend, lines: Iterator[tuple[RawLine, bytes]]) -> None:
         keyed = (RawLine(raw.number, raw.data, raw.too_long, key) for raw, key in lines)
-        source = PreparingSource(
-            keyed, self.preparer, self._on_request, self._on_error, self._claim, lambda: self.stop.is_requested
-        )
+        self.source = PreparingSource(
+            keyed, make_preparer(options, front), self._on_request, self._on_error, self._claim,
+            lambda: self.stop.is_requested,
+        )  # fmt: skip
+        self.total_lines = total_lines
+
+    def run(self, backend: Backend) -> None:
+        self.started_s = time.monotonic()
+        self.progress = Progress("batch", self.total_lines, unit="lines", initial=self.state.totals.lines)
         try:
             with self.progress:
-                for result in guarded(backend.run(source)):
+                for result in guarded(backend.run(self.source)):
                     self._on_result(result)
-                while (request := source.take(wait=True)) is not None:  # a backend that ends early
+                while (request := self.source.take(wait=True)) is not None:  # a backend that ends early
                     self._on_error(self.pending[request.key][0], _lost())
                 for info, _ in list(self.pending.values()):  # or loses requests must not lose lines
                     self._on_error(info, _lost())
         finally:
-            source.close()
+            self.source.close()
             self.summary.seconds = time.monotonic() - self.started_s
             self.summary.engine = engine_stats(backend)
 

@@ -235,6 +235,10 @@ class PreparingSource:
         self._held: dict[int, int] = {}  # place → bytes of tiles that wait
         self._is_closed = False
 
+    def start(self) -> None:
+        """Read the first lines and let them be prepared; `take` hands them out."""
+        self._fill()
+
     def take(self, wait: bool) -> PreparedRequest | None:
         """The next request; see RequestSource."""
         while not self._is_stopping():

@@ -136,6 +136,8 @@ class Summary:
         ]
         if "prefix_cache_hit_rate" in self.engine:
             rows.append(("prefix cache hits", f"{self.engine['prefix_cache_hit_rate']:.0%}"))
+        if "idle_share" in self.engine:
+            rows.append(("engine idle", f"{self.engine['idle_share']:.1%}"))
         return table(rows)
 
     def as_json(self) -> dict[str, Any]:
@@ -188,6 +190,8 @@ def engine_stats(backend: object) -> dict[str, Any]:
     kept = {key: value for key, value in stats.items() if isinstance(value, int | float | str | bool)}
     if "cached_prompt_tokens" in kept:  # here, since several engines' figures may have been added up
         kept["prefix_cache_hit_rate"] = float(kept["cached_prompt_tokens"]) / max(float(kept["prompt_tokens"]), 1)
+    if kept.get("run_s"):
+        kept["idle_share"] = (float(kept["input_wait_s"]) + float(kept["output_wait_s"])) / float(kept["run_s"])
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
 
 

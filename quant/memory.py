@@ -17,6 +17,7 @@ CONTEXT_BYTES = 512 * 2**20  # CUDA context, kernels and library workspaces of o
 DEVICE_SHARE = 0.9  # of what the weights leave free; the rest is for the allocator's fragments
 KV_ITEM_BYTES = 2  # bfloat16
 LARGEST_BLOCK = 32  # tokens
+CPU_BLOCK = 16  # tokens; a shared beginning is computed again from its last whole block on, which a CPU feels
 DEFAULT_MAX_BATCH_TOKENS = 2048
 DEFAULT_MAX_SEQS = 256
 MAX_POOL_BLOCKS = 1 << 20  # bounds the bookkeeping where a kind of layer is absent and its blocks cost nothing
@@ -64,9 +65,9 @@ def bytes_per_block(text: TextArch, kind: Kind, block_size: int, item_bytes: int
     return 2 * layers_of_kind(text, kind) * block_size * text.num_kv_heads * text.head_dim * item_bytes
 
 
-def largest_block(text: TextArch) -> int:
-    """Tokens per block: the largest power of two up to 32 that divides the attention chunk."""
-    size = LARGEST_BLOCK
+def largest_block(text: TextArch, most: int = LARGEST_BLOCK) -> int:
+    """Tokens per block: the largest power of two up to `most` (one itself) that divides the attention chunk."""
+    size = most
     while text.attention_chunk_size % size:
         size //= 2
     return size

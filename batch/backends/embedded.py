@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +15,7 @@ from batch.backends.base import RequestSource
 from batch.backends.loading import load_streamed, load_whole
 from batch.backends.memory import default_kv_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
+from batch.backends.warm_up import warm_up
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.sampler import derive_seed
 from batch.engine.sequence import Sequence
@@ -22,7 +25,14 @@ from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from converters.reader import Reader
 from l4tool.core.errors import UsageError
-from quant.memory import DEFAULT_MAX_BATCH_TOKENS, DEFAULT_MAX_SEQS, largest_block, step_bytes
+from quant.memory import (
+    CPU_BLOCK,
+    DEFAULT_MAX_BATCH_TOKENS,
+    DEFAULT_MAX_SEQS,
+    LARGEST_BLOCK,
+    largest_block,
+    step_bytes,
+)
 
 
 class Detokenizer(Protocol):
@@ -35,7 +45,8 @@ class Detokenizer(Protocol):
 class EmbeddedOptions:
     """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
     cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
-    `stream_weights`: layers are read from disk while it runs, in a process that takes `memory_bytes` at most."""
+    `stream_weights`: layers are read from disk while it runs, in a process that takes `memory_bytes` at most.
+    `first_alone`: see `Scheduler`."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -48,6 +59,7 @@ class EmbeddedOptions:
     memory_share: int = 1
     stream_weights: bool = False
     memory_bytes: int | None = None
+    first_alone: bool = False
 
 
 @dataclass(eq=False)
@@ -81,7 +93,9 @@ class EmbeddedBackend:
         if isinstance(model, Model):
             config = engine_config(model, options)
         else:
-            model, config = load(open_checkpoint(model), options)
+            reader = open_checkpoint(model)
+            with warm_up(reader, options.device, options.dtype, options.activations):
+                model, config = load(reader, options)
             self._own = model
         try:
             self.engine = Engine(model, config, eos_token_ids)
@@ -95,6 +109,18 @@ class EmbeddedBackend:
 
     def run(self, source: RequestSource) -> Iterator[GenerationResult]:
         """Results in the order in which they finish; one per request, whatever happens to it."""
+        stats, resumed_s = self.stats, time.perf_counter()
+        with contextlib.closing(self._run(source)) as results:
+            for result in results:
+                left_s = time.perf_counter()
+                stats.run_s += left_s - resumed_s
+                yield result
+                resumed_s = time.perf_counter()
+                stats.output_wait_s += resumed_s - left_s
+                stats.run_s += resumed_s - left_s
+        stats.run_s += time.perf_counter() - resumed_s
+
+    def _run(self, source: RequestSource) -> Generator[GenerationResult, None, None]:
         jobs: dict[int, _Job] = {}  # by id(): keys are the caller's and may repeat
         try:
             while True:
@@ -122,7 +148,9 @@ class EmbeddedBackend:
         """Pull requests while the engine has use for them; wait for one only when there is nothing else to do, or when
         a step costs reading all weights, whatever its size."""
         while self.engine.wants_more:
+            began_s = time.perf_counter()
             request = source.take(wait=self.engine.model.is_streamed or not self.engine.has_work)
+            self.stats.input_wait_s += time.perf_counter() - began_s
             if request is None:
                 return
             job = _Job(request)
@@ -226,7 +254,8 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     """Options with their defaults filled in. Raises UsageError."""
     text = model.arch.text
     max_batch_tokens = options.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS
-    block_size = options.block_size or largest_block(text)
+    most = CPU_BLOCK if model.device.type == "cpu" else LARGEST_BLOCK
+    block_size = options.block_size or largest_block(text, most)
     if text.attention_chunk_size % block_size:
         raise UsageError(
             f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",
@@ -236,4 +265,4 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
     max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache)
+    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 Decode = Callable[[list[int]], str]
 
-SPARE_CHARS = 64
+SPARE_CHARS = 16
+FIRST_TAIL = 16  # tokens: a tail of this length is the first to be tried in half
 
 
 class StopWatcher:
@@ -21,7 +22,7 @@ class StopWatcher:
         self._stop = stop
         self._needed_chars = max(map(len, stop)) + SPARE_CHARS
         self._tail = 0  # first token of the tail
-        self._shorten_at = 2 * self._needed_chars  # tail length in tokens at which a shorter one is tried
+        self._shorten_at = FIRST_TAIL  # tail length in tokens at which a shorter one is tried
 
     def find(self, output: list[int]) -> str | None:
         """Called once per new token with all tokens so far: the text before the first stop string, or None."""
@@ -35,6 +36,6 @@ class StopWatcher:
             middle = (self._tail + len(output)) // 2
             if len(self._decode(output[middle:])) >= self._needed_chars:
                 self._tail = middle
-            else:  # tokens without text (special ones): look again when there are twice as many
+            else:  # short tokens, or some without text: look again when there are twice as many
                 self._shorten_at *= 2
         return None

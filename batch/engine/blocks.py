@@ -171,6 +171,19 @@ class BlockManager:
         need = self.need(num_tokens)
         return need.full <= self.full.num_blocks and need.chunked <= self.chunked.num_blocks
 
+    def lacking(self, held: SequenceBlocks, num_tokens: int) -> tuple[int, int]:
+        """Blocks that are still to be taken (full, chunked) until a sequence holds the most that `num_tokens` need."""
+        full = ceil_div(num_tokens, self.block_size) - held.full.length
+        chunked = ceil_div(min(num_tokens, self.chunk_size), self.block_size) - held.chunked.length
+        return max(full, 0), max(chunked, 0)
+
+    def holds(self, held: SequenceBlocks, start: int, end: int) -> bool:
+        """Whether positions start … end - 1 lie in blocks that are held already: so it is for most tokens drawn."""
+        size, first = self.block_size, held.chunk_start
+        return first <= start and end <= min(
+            held.full.length * size, first + min(held.chunked.length * size, self.chunk_size)
+        )
+
     def enter_chunk(self, held: SequenceBlocks, position: int) -> None:
         """The next token of this sequence is at `position`: free the blocks of a chunk it has left behind."""
         start = position - position % self.chunk_size

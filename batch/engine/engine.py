@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from batch.engine.blocks import BlockManager
-from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages
+from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages, encoder_of
 from batch.engine.logit_rules import LogitRules, apply_rules
 from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
 from batch.engine.sampler import Draw, sample
-from batch.engine.scheduler import Scheduler
+from batch.engine.scheduler import WINDOW, Scheduler
 from batch.engine.sequence import Piece, Sequence
 from batch.engine.stats import EngineStats
 from batch.model.model import Model
@@ -38,7 +38,7 @@ GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for l
 class EngineConfig:
     """Limits of one engine: tokens per step, sequences at a time, bytes of KV cache, tokens per KV block.
 
-    `prefix_cache` False: nothing that was computed for one sequence is used for another.
+    `prefix_cache` False: nothing that was computed for one sequence is used for another. `first_alone`: see Scheduler.
     """
 
     max_batch_tokens: int
@@ -46,6 +46,7 @@ class EngineConfig:
     kv_bytes: int
     block_size: int
     prefix_cache: bool = True
+    first_alone: bool = False
 
 
 class Engine:
@@ -68,8 +69,8 @@ class Engine:
                 hint="give --kv-memory a larger size",
             )
         self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
-        self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens)
-        self.features = FeatureCache(model.encode_images, MAX_FEATURE_BYTES if config.prefix_cache else 0)
+        self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens, config.first_alone)
+        self.features = FeatureCache(encoder_of(model), MAX_FEATURE_BYTES if config.prefix_cache else 0)
         self.runner = Runner(model, self.blocks, self.features)
         self.stats = EngineStats()
         self._good_steps = 0
@@ -84,10 +85,12 @@ class Engine:
 
     @property
     def wants_more(self) -> bool:
-        """False when the next steps are already full: whoever feeds the engine should then stop pulling requests."""
+        """False when the next steps are already full: whoever feeds the engine should then stop pulling requests.
+        While all places are taken, some wait all the same, for the scheduler to choose from."""
         scheduler = self.scheduler
+        room = max(scheduler.max_seqs - len(scheduler.running), min(WINDOW, scheduler.max_seqs))
         return (
-            len(scheduler.running) + len(scheduler.waiting) < scheduler.max_seqs
+            len(scheduler.waiting) < room
             and scheduler.num_new_tokens < STEPS_AHEAD * scheduler.max_batch_tokens
             and self._pixel_bytes < MAX_PIXEL_BYTES
         )
@@ -235,7 +238,7 @@ class Engine:
         scheduler.max_batch_tokens = min(tokens, self.config.max_batch_tokens)
         scheduler.max_seqs = min(tokens, self.config.max_seqs)
         while len(scheduler.running) > scheduler.max_seqs:
-            scheduler.preempt(scheduler.running[-1])
+            scheduler.preempt(scheduler.youngest)
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> Sequence:
         sequence.error = (code, message)
@@ -269,7 +272,7 @@ class Engine:
         if split is None:
             return False
         while self.scheduler.running:
-            self.scheduler.preempt(self.scheduler.running[-1])
+            self.scheduler.preempt(self.scheduler.youngest)
         self.runner.kv = None  # the old cache goes before the new one comes
         self._longest = longest
         self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from batch.requests import ImageTiles
 
+if TYPE_CHECKING:
+    from batch.model.model import Model
+    from batch.model.vision import VisionModel
+
 Encode = Callable[[list[ImageTiles]], list[torch.Tensor]]
+TILES_AT_ONCE = 32  # on CUDA: about 20,000 rows
 
 
 class ImageMismatch(ValueError):
@@ -46,7 +53,7 @@ class SequenceImages:
         if first == last:
             return np.empty(0, np.int64), []
         begin, stop = self._between(first, last)
-        missing = [i for i in range(begin, stop) if i not in self._features and self.bounds[i] < self.bounds[i + 1]]
+        missing = self._missing(start, end)
         if missing:
             self._features.update(zip(missing, encode([self.images[i] for i in missing]), strict=True))
         pieces = []
@@ -55,6 +62,15 @@ class SequenceImages:
                 base = self.bounds[i]
                 pieces.append(self._features[i][max(first - base, 0) : last - base])
         return self.positions[first:last] - start, pieces
+
+    def missing(self, start: int, end: int) -> list[ImageTiles]:
+        """The images that `slice(start, end, …)` would have to encode."""
+        return [self.images[i] for i in self._missing(start, end)]
+
+    def _missing(self, start: int, end: int) -> list[int]:
+        first, last = np.searchsorted(self.positions, [start, end])
+        places = range(*self._between(first, last)) if first < last else ()
+        return [i for i in places if i not in self._features and self.bounds[i] < self.bounds[i + 1]]
 
     def forget(self, num_computed: int) -> None:
         """Drop the features of images whose tokens all lie before `num_computed`."""
@@ -92,6 +108,33 @@ class SequenceImages:
     def pixel_bytes(self) -> int:
         """Bytes of the pictures themselves, kept until the sequence is over: a preempted one needs them again."""
         return sum(image.pixels.nbytes for image in self.images)
+
+
+def encoder_of(model: Model, tiles_at_once: int | None = None) -> Encode:
+    """The model's vision tower. On CUDA the pictures of a step, whoever asked for them, go through it in groups of at
+    most `tiles_at_once` tiles (a picture is never divided); 1: each alone, so that none can depend on another.
+
+    On a CPU each goes alone: one tile is 577 rows, enough for the products to run at their peak.
+    """
+    if tiles_at_once is None:
+        tiles_at_once = TILES_AT_ONCE if model.device.type == "cuda" else 1
+    if not isinstance(model.vision, VisionModel) or tiles_at_once == 1:
+        return model.encode_images
+    return functools.partial(_encode_together, model.vision, tiles_at_once)
+
+
+@torch.inference_mode()
+def _encode_together(tower: VisionModel, tiles_at_once: int, images: list[ImageTiles]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    group: list[ImageTiles] = []
+    for image, following in itertools.zip_longest(images, images[1:]):
+        group.append(image)
+        tiles = [len(one.pixels) for one in group]
+        if following is None or sum(tiles) + len(following.pixels) > tiles_at_once:
+            features = tower.encode(torch.from_numpy(np.concatenate([one.pixels for one in group])))
+            found += features.split([count * tower.arch.tokens_per_tile for count in tiles])
+            group = []
+    return found
 
 
 class FeatureCache:

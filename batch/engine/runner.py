@@ -5,15 +5,18 @@ Legend as in batch/model/inputs.py: T tokens, S sequences, P image rows, N rows 
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
-from batch.engine.image_features import FeatureCache
+from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
+from batch.requests import ImageTiles
 from l4tool.core.errors import L4Error
 
 
@@ -33,6 +36,7 @@ class Runner:
         self.model = model
         self.blocks = blocks
         self.features = features
+        self._on_cpu = model.device.type == "cpu"
         self.kv: KVCache | None = model.allocate_kv(
             blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
         )
@@ -44,29 +48,30 @@ class Runner:
 
     def build(self, plan: list[Piece]) -> StepInput:
         """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
-        device = self.model.device
-        tokens = np.concatenate([np.array(p.sequence.tokens[p.start : p.end], np.int64) for p in plan])
-        lengths = np.array([p.length for p in plan])
-        starts = np.array([p.start for p in plan])
-        query_start = np.concatenate([[0], np.cumsum(lengths)])  # [S+1]
+        tokens: list[int] = []
+        for p in plan:
+            tokens += p.sequence.tokens[p.start : p.end]
+        starts, ends = np.array([(p.start, p.end) for p in plan]).T  # [S] each
+        lengths = ends - starts
+        query_start = np.zeros(len(plan) + 1, np.int64)
+        np.cumsum(lengths, out=query_start[1:])
         owner = np.repeat(np.arange(len(plan)), lengths)  # [T], which piece a token belongs to
-        positions = np.arange(len(tokens)) - query_start[owner] + starts[owner]
-        full_start = np.zeros(len(plan), np.int64)
-        chunk_start = np.array([p.sequence.held.chunk_start for p in plan])
+        positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
+        held = [p.sequence.held for p in plan]
+        chunk_start = np.array([h.chunk_start for h in held])
         image_rows, image_features = self._images(plan, query_start)
-        last_rows = (query_start[1:] - 1)[[p.wants_logits for p in plan]]
-        context = starts + lengths
+        last_rows = query_start[1:][[p.wants_logits for p in plan]] - 1
 
         return StepInput(
-            token_ids=torch.from_numpy(tokens).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
-            context_len=torch.from_numpy(context.astype(np.int32)).to(device),
-            full=self._kind([p.sequence.held.full for p in plan], full_start, positions, owner),
-            chunked=self._kind([p.sequence.held.chunked for p in plan], chunk_start, positions, owner),
-            logits_rows=torch.from_numpy(last_rows.astype(np.int64)).to(device),
+            token_ids=self._tensor(np.array(tokens, np.int64)),
+            positions=self._tensor(positions),
+            query_start=self._tensor(query_start.astype(np.int32)),
+            context_len=self._tensor(ends.astype(np.int32)),
+            full=self._kind([h.full for h in held], np.zeros_like(chunk_start), positions, owner),
+            chunked=self._kind([h.chunked for h in held], chunk_start, positions, owner),
+            logits_rows=self._tensor(last_rows),
             max_query_len=int(lengths.max()),
-            max_context_len=int(context.max()),
+            max_context_len=int(ends.max()),
             image_rows=image_rows,
             image_features=image_features,
         )
@@ -75,29 +80,36 @@ class Runner:
         self, tables: list[BlockTable], kv_start: np.ndarray, positions: np.ndarray, owner: np.ndarray
     ) -> PagedKind:
         """Block table and slots of one kind of layer."""
-        size, device = self.blocks.block_size, self.model.device
+        size = self.blocks.block_size
         table = np.zeros((len(tables), max(t.length for t in tables)), np.int32)  # [S, max_blocks]
         for row, blocks in zip(table, tables, strict=True):
             row[: blocks.length] = blocks.ids
-        offset = positions - kv_start[owner]  # [T], within the cached part
-        slots = table[owner, offset // size].astype(np.int64) * size + offset % size
+        block, within = np.divmod(positions - kv_start[owner], size)  # [T], within the cached part
         return PagedKind(
-            block_table=torch.from_numpy(table).to(device),
-            kv_start=torch.from_numpy(kv_start.astype(np.int32)).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            block_table=self._tensor(table),
+            kv_start=self._tensor(kv_start.astype(np.int32)),
+            slots=self._tensor(table[owner, block].astype(np.int64) * size + within),
         )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self.model.device)
 
     def _images(self, plan: list[Piece], query_start: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """image_rows int64 [P] and image_features [P, H] of the step, or None twice."""
+        shown = [
+            (piece, min(piece.end, piece.sequence.prompt_len), images, first)
+            for piece, first in zip(plan, query_start, strict=False)
+            if (images := piece.sequence.images) is not None and piece.start < piece.sequence.prompt_len
+        ]
+        encode = self._together(
+            [image for piece, end, images, _ in shown for image in images.missing(piece.start, end)]
+        )
         rows: list[np.ndarray] = []
         features: list[torch.Tensor] = []
-        for piece, first in zip(plan, query_start, strict=False):
-            images = piece.sequence.images
-            if images is None or piece.start >= piece.sequence.prompt_len:
-                continue
-            end = min(piece.end, piece.sequence.prompt_len)
+        for piece, end, images, first in shown:
             try:
-                found, pieces = images.slice(piece.start, end, self.features.encode)
+                found, pieces = images.slice(piece.start, end, encode)
             except L4Error:
                 raise  # the tower cannot be read
             except Exception as error:
@@ -107,3 +119,12 @@ class Runner:
         if not features:
             return None, None
         return torch.from_numpy(np.concatenate(rows)).to(self.model.device), torch.cat(features)
+
+    def _together(self, images: list[ImageTiles]) -> Encode:
+        """Encode all pictures that a step lacks at once, whoever asked for them; the result looks them up. Where that
+        fails, they are encoded sequence by sequence instead, to find out whose picture it is."""
+        if len(images) > 1:
+            with contextlib.suppress(Exception):
+                ready = dict(zip(map(id, images), self.features.encode(images), strict=True))
+                return lambda wanted: [ready[id(image)] for image in wanted]
+        return self.features.encode

@@ -51,10 +51,9 @@ def sample(
     from these, while log-probabilities stay the model's own.
     """
     raw, logits = logits, logits if asked is None else asked
-    best, tokens = logits.max(dim=-1)  # [N]; NaN wins a max, so `best` shows every broken row
+    best, tokens = _best(logits)
     rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if rows:
-        tokens = tokens.clone()
         slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
         for start in range(0, len(rows), slice_rows):
             part = rows[start : start + slice_rows]
@@ -64,7 +63,19 @@ def sample(
             tokens[index] = _draw(logits[index], torch.tensor(keys, device=logits.device), asking, FIRST_CANDIDATES)
     ids, finite = tokens.tolist(), torch.isfinite(best).tolist()
     logprobs = _logprobs(raw, params, ids)
+    if not logprobs and all(finite):
+        return [Draw(token) for token in ids]
     return [Draw(ids[i], logprobs.get(i)) if finite[i] else Draw(None) for i in range(len(params))]
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row and its token, [N] each; a NaN counts as the largest, so it shows every broken
+    row. On a CPU numpy's argmax is ten times as fast as torch's."""
+    if logits.device.type != "cpu":
+        best, tokens = logits.max(dim=-1)
+        return best, tokens
+    tokens = torch.from_numpy(logits.numpy().argmax(axis=1))
+    return logits[torch.arange(len(tokens)), tokens], tokens
 
 
 def keep_mask(values: torch.Tensor, total: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:

@@ -16,8 +16,9 @@ class EngineStats:
     `prompt_tokens` counts the prompt of every completion that was started, n of them for n choices;
     `cached_prompt_tokens` those of them whose keys and values were there already. `image_encodings_saved`: pictures
     that were not encoded, `cached_prompt_images` of them because they lie in such a beginning, the others because
-    their features were still there. `weights_read_bytes` and `weights_wait_s` (that computing waited): of streamed
-    weights, since they were opened.
+    their features were still there. Of `run_s`, the whole of a backend's `run`, the engine did nothing for
+    `input_wait_s`, in which it asked for requests, and `output_wait_s`, in which results were written.
+    `weights_read_bytes` and `weights_wait_s` (that computing waited): of streamed weights, since they were opened.
     """
 
     steps: int = 0
@@ -38,6 +39,9 @@ class EngineStats:
     sample_s: float = 0.0
     weights_read_bytes: int = 0
     weights_wait_s: float = 0.0
+    run_s: float = 0.0
+    input_wait_s: float = 0.0
+    output_wait_s: float = 0.0
 
     @property
     def prefix_cache_hit_rate(self) -> float:

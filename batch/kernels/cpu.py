@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from batch.kernels import cpu_attention, cpu_fused, cpu_linear, cpu_panels, cpu_quant, reference
+from batch.kernels import (
+    cpu_attention,
+    cpu_fused,
+    cpu_linear,
+    cpu_packed_attention,
+    cpu_panels,
+    cpu_quant,
+    cpu_routing,
+    reference,
+)
 from batch.kernels.cpu_panels import Bank
 from batch.kernels.linears import (
     DenseLinear,
@@ -23,10 +32,9 @@ from batch.kernels.linears import (
     FusedLinear,
     Int4Linear,
     Linear,
-    PanelInt4Linear,
-    PanelLinear,
+    Panels,
 )
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 
 # bfloat16 products of dense weights with more rows per group than this are torch's: measured at [8192, 5120] and
 # [4096, 1024], the tiles are ahead below and a few per cent behind above.
@@ -43,30 +51,33 @@ def add_rms_norm(
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """As `reference.store_qkv`."""
     kernels = cpu_fused if cpu_fused.fits(qkv) else reference
-    return kernels.store_qkv(qkv, num_heads, k_cache, v_cache, slots, rotation, norm_eps, q_scale)
+    return kernels.store_qkv(qkv, num_heads, cache, slots, rotation, norm_eps, q_scale)
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """As `reference.paged_attention`."""
-    kernels = cpu_attention if cpu_attention.fits(q, k_cache) else reference
-    return kernels.paged_attention(q, k_cache, v_cache, batch, scale)
+    for kernels in (cpu_packed_attention, cpu_attention):
+        if kernels.fits(q, cache):
+            return kernels.paged_attention(q, cache, batch, scale)
+    return reference.paged_attention(q, cache, batch, scale)
+
+
+packs_cache = cpu_packed_attention.packs
 
 
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     """As `reference.linear`."""
     if isinstance(weight, DenseLinear):
         return _dense(x, weight.weight)
-    if isinstance(weight, PanelLinear | PanelInt4Linear):
+    if isinstance(weight, Panels):
         if weight.gated or not cpu_panels.fits(x):
             return reference.linear(x, weight)
-        return cpu_panels.product((x,), _bank(weight), cpu_panels.one_weight(*x.shape))
+        return cpu_panels.product((x,), _bank(weight), cpu_routing.one_weight(*x.shape))
     if isinstance(weight, Int4Linear):
         return _dense(x, cpu_quant.expand_int4(weight, x.dtype))
     if isinstance(weight, Fp8Linear):
@@ -77,8 +88,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
 
 def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
     """As `reference.mlp`."""
-    if isinstance(gate_up, PanelLinear | PanelInt4Linear) and gate_up.gated and cpu_panels.fits(x):
-        hidden = cpu_panels.product((x,), _bank(gate_up), cpu_panels.one_weight(*x.shape), spread=True)
+    if isinstance(gate_up, Panels) and gate_up.gated and cpu_panels.fits(x):
+        hidden = cpu_panels.product((x,), _bank(gate_up), cpu_routing.one_weight(*x.shape), spread=True)
         return linear(hidden, down)
     grouped = _grouped(x, (gate_up,), [0, x.shape[0]], gated=True)
     return linear(cpu_fused.silu_mul(linear(x, gate_up)) if grouped is None else grouped, down)
@@ -98,7 +109,7 @@ def moe(
     tokens = x.shape[0]
     banks = _moe_banks(experts, shared_gate_up, shared_down)
     if banks is not None and cpu_fused.fits(x) and cpu_panels.fits(x):
-        score, order, groups = cpu_panels.dispatch(linear(x, router), banks.with_shared, banks.down.in_features)
+        score, order, groups = cpu_routing.dispatch(linear(x, router), banks.with_shared, banks.down.in_features)
         scaled = torch.empty_like(x)
         cpu_fused.gather_scaled(x, score, order, scaled)
         xs = (scaled, x) if banks.with_shared else (scaled,)
@@ -175,7 +186,7 @@ class MoeBanks:
     with_shared: bool
 
 
-def _bank(weight: PanelLinear | PanelInt4Linear) -> Bank:
+def _bank(weight: Panels) -> Bank:
     """The Bank of one weight, made once."""
     if "bank" not in weight.derived:
         weight.derived["bank"] = Bank.of([weight])

@@ -1,4 +1,4 @@
-"""Paged attention on the CPU, float32 and bfloat16: keys and values are read where they lie, block by block.
+"""Paged attention on the CPU over plain caches, float32 and bfloat16: keys and values are read where they lie.
 
 Online softmax over tiles of 32 keys counted from slot 0, in float32. A query's result depends on its keys alone, not on
 which queries share the step. Legend: T query rows, A heads, K kv heads, G = A / K, D head_dim, B tokens per block.
@@ -13,7 +13,7 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.cpu_linear import dot_rows
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.simd import bits_to_float, elements_at, exp_f32, jit, narrow, size_of, take_item
 from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, mix_tile
 
@@ -146,44 +146,85 @@ def _store_rows(
 
 
 @jit
+def _attend_keys(
+    like: Any,
+    rows: Any,
+    dim: Any,
+    at_q: Any,
+    keys: Any,
+    values: Any,
+    key_bytes: Any,
+    table: Any,
+    block_size: Any,
+    begin: Any,
+    end: Any,
+    seen: Any,
+    group: Any,
+    scale: Any,
+    scores: Any,
+    best: Any,
+    sums: Any,
+    mixed: Any,
+) -> None:
+    """Rows take in the keys begin (a multiple of KEYS) … end of one block table. The first G rows see the first `seen`
+    keys, every G rows one more, but none sees past `end`."""
+    at_p, at_mixed, width = scores.ctypes.data, mixed.ctypes.data, dim * size_of(like)
+    block_bytes = block_size * key_bytes
+    for first in range(begin, end, KEYS):
+        count = min(KEYS, end - first)
+        _score_tile(like, rows, at_q, keys, key_bytes, table, block_size, block_bytes, first, count, width, at_p)
+        for m in range(rows):
+            visible = min(max(seen + m // group - first, 0), count)
+            if visible > 0:
+                best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
+            else:
+                scores[m] = 0
+        _mix_tile_rows(like, rows, dim, at_p, values, key_bytes, table, block_size, block_bytes, first, count, at_mixed)
+
+
+@jit
 def _attend(job: Any, like: Any) -> None:
-    """Item = (block of one sequence's queries, kv head). Arguments: see `paged_attention`."""
+    """Item = (work item, kv head). Arguments: see `paged_attention`."""
     args, i32 = elements_at(job, np.int64(0)), np.int32(0)
     items, q, out = args[1], elements_at(args[2], like), elements_at(args[5], like)
-    item_seq, item_row, item_end = elements_at(args[8], i32), elements_at(args[9], i32), elements_at(args[10], i32)
-    last_row, cached = elements_at(args[11], i32), elements_at(args[12], i32)
-    heads, kv_heads, dim, block_size, scale = args[13], args[14], args[15], args[16], bits_to_float(np.int32(args[17]))
+    first, shared = elements_at(args[8], i32), elements_at(args[9], i32)
+    seqs, begins, ends = elements_at(args[10], i32), elements_at(args[11], i32), elements_at(args[12], i32)
+    last_row, cached = elements_at(args[13], i32), elements_at(args[14], i32)
+    heads, kv_heads, dim, block_size, scale = args[15], args[16], args[17], args[18], bits_to_float(np.int32(args[19]))
     group, width = heads // kv_heads, dim * size_of(like)
-    key_bytes, block_bytes = kv_heads * width, block_size * kv_heads * width
+    key_bytes = kv_heads * width
     queries, scores = np.empty(MAX_ROWS * width, np.uint8), np.empty((MAX_ROWS, KEYS), np.float32)
     mixed, sums = np.empty((MAX_ROWS, dim), np.float32), np.empty((MAX_ROWS, 16), np.float32)
-    best, at_q, at_p = np.empty(MAX_ROWS, np.float32), queries.ctypes.data, scores.ctypes.data
+    best, at_q = np.empty(MAX_ROWS, np.float32), queries.ctypes.data
     while True:
         item = take_item(job)
         if item >= items:
             return
         work, head = item // kv_heads, item % kv_heads
-        seq, begin, end = item_seq[work], item_row[work], item_end[work]
-        table = elements_at(args[6] + 4 * seq * args[7], i32)
-        rows, place = (end - begin) * group, (begin * heads + head * group) * dim
-        _gather_queries(q, place, rows, group, heads, dim, elements_at(at_q, like))
-        mixed[:rows], sums[:rows], best[:rows] = 0, 0, _LOWEST
-        seen = cached[seq] - (last_row[seq] - begin) + 1  # positions that the item's first query sees
-        context, at_k, at_v = seen + (end - begin) - 1, args[3] + head * width, args[4] + head * width
-        for first in range(0, context, KEYS):
-            count = min(KEYS, context - first)
-            _score_tile(like, rows, at_q, at_k, key_bytes, table, block_size, block_bytes, first, count, width, at_p)
-            for m in range(rows):
-                visible = min(max(seen + m // group - first, 0), count)
-                if visible > 0:
-                    best[m] = _softmax_row(scores[m], visible, scale, best[m], sums[m], mixed[m])
-                else:
-                    scores[m] = 0
-            at_mixed = mixed.ctypes.data
-            _mix_tile_rows(
-                like, rows, dim, at_p, at_v, key_bytes, table, block_size, block_bytes, first, count, at_mixed
-            )
-        _store_rows(like, mixed, sums, rows, place, group, heads, dim, out)
+        at_k, at_v, common, row = args[3] + head * width, args[4] + head * width, np.int64(shared[work]), 0
+        for s in range(first[work], first[work + 1]):
+            count, place = (ends[s] - begins[s]) * group, (begins[s] * heads + head * group) * dim
+            _gather_queries(q, place, count, group, heads, dim, elements_at(at_q + row * width, like))
+            row += count
+        mixed[:row], sums[:row], best[:row] = 0, 0, _LOWEST
+        if common > 0:  # all segments' rows together
+            table = elements_at(args[6] + 4 * seqs[first[work]] * args[7], i32)
+            _attend_keys(
+                like, row, dim, at_q, at_k, at_v, key_bytes, table, block_size, 0, common, common, group, scale,
+                scores, best, sums, mixed,
+            )  # fmt: skip
+        row = 0
+        for s in range(first[work], first[work + 1]):
+            seq, begin, end = seqs[s], begins[s], ends[s]
+            count, place = (end - begin) * group, (begin * heads + head * group) * dim
+            seen = cached[seq] - (last_row[seq] - begin) + 1  # positions that the segment's first query sees
+            _attend_keys(
+                like, count, dim, at_q + row * width, at_k, at_v, key_bytes,
+                elements_at(args[6] + 4 * seq * args[7], i32), block_size, common, seen + (end - begin) - 1, seen,
+                group, scale, scores, best[row:], sums[row:], mixed[row:],
+            )  # fmt: skip
+            _store_rows(like, mixed[row:], sums[row:], count, place, group, heads, dim, out)
+            row += count
 
 
 @parallel.Kernel
@@ -199,24 +240,22 @@ def _attend_f32(job: Any) -> None:
 _KERNELS = {torch.bfloat16: _attend_bf16, torch.float32: _attend_f32}
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
-    """As `reference.paged_attention`: q [T, A, D], caches [num_blocks, B, K, D] → [T, A·D]."""
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
+    """As `reference.paged_attention`: q [T, A, D] over a plain cache → [T, A·D]."""
     tokens, heads, dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
-    work = batch.query_blocks(MAX_ROWS // (heads // kv_heads))
+    kv_heads, block_size = cache.num_kv_heads, cache.block_size
+    work = batch.work_items(MAX_ROWS // (heads // kv_heads), block_size, KEYS)
     out = q.new_empty((tokens, heads * dim))
     parallel.run(
-        _KERNELS[q.dtype], len(work.seq) * kv_heads, q, k_cache, v_cache, out, batch.block_table,
-        batch.block_table.shape[1], work.seq, work.begin, work.end, batch.query_start[1:], batch.cached_len,
-        heads, kv_heads, dim, block_size, parallel.float_bits(scale),
+        _KERNELS[q.dtype], len(work) * kv_heads, q, cache.k, cache.v, out, batch.block_table,
+        batch.block_table.shape[1], work.first, work.shared, work.seq, work.begin, work.end, batch.query_start[1:],
+        batch.cached_len, heads, kv_heads, dim, block_size, parallel.float_bits(scale),
     )  # fmt: skip
     return out
 
 
-def fits(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+def fits(q: torch.Tensor, cache: LayerCache) -> bool:
     """True where `paged_attention` can take these on the CPU: dtype, head_dim in whole tiles, blocks of 4n tokens."""
-    group = q.shape[1] // k_cache.shape[2]
-    shapes = q.shape[2] % MIX_COLUMNS == 0 and k_cache.shape[1] % TILE_COLUMNS == 0 and group <= MAX_ROWS
-    return q.dtype in _KERNELS and q.device.type == "cpu" and shapes and q.is_contiguous()
+    group = q.shape[1] // cache.num_kv_heads
+    shapes = q.shape[2] % MIX_COLUMNS == 0 and cache.block_size % TILE_COLUMNS == 0 and group <= MAX_ROWS
+    return not cache.packed and q.dtype in _KERNELS and q.device.type == "cpu" and shapes and q.is_contiguous()

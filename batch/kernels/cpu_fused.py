@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from batch.kernels import parallel
+from batch.kernels.paging import LayerCache
 from batch.kernels.simd import bits_to_float, elements_at, jit, narrow, silu_f32, take_item, widen
 
 TOKENS = 32  # per work item: a small step is not worth waking other threads
@@ -93,6 +94,28 @@ def _rotate_head(source: Any, at: Any, dim: Any, cos: Any, sin: Any, eps: Any, l
 
 
 @jit
+def _packed_head(slot: Any, head: Any, kv_heads: Any, block_size: Any, dim: Any) -> Any:
+    """Place of a kv head's first element in the packed block of `slot`; see `paging.LayerCache`."""
+    return (slot // block_size * kv_heads + head) * block_size * dim
+
+
+@jit
+def _store_values(
+    qkv: Any, at: Any, values: Any, slot: Any, kv_heads: Any, block_size: Any, dim: Any, packed: Any
+) -> None:
+    """Values [K, D] at qkv[at:] to their slot; packed, they are every other element beside those of a second key."""
+    if packed:
+        offset = slot % block_size
+        for h in range(kv_heads):
+            first = _packed_head(slot, h, kv_heads, block_size, dim) + offset // 2 * 2 * dim + offset % 2
+            for i in range(dim):
+                values[first + 2 * i] = qkv[at + h * dim + i]
+    else:
+        for i in range(kv_heads * dim):
+            values[slot * kv_heads * dim + i] = qkv[at + i]
+
+
+@jit
 def _store_qkv(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
     items, tokens, heads, kv_heads, dim = args[1], args[2], args[3], args[4], args[5]
@@ -101,6 +124,7 @@ def _store_qkv(job: Any, like: Any) -> None:
     cos, sin, rope = args[11], args[12], args[11] != 0
     eps = bits_to_float(np.int32(args[13]))
     q_scale, scaled = elements_at(args[14], _F32), args[14] != 0
+    block_size, packed = args[15], args[16] != 0
     head = np.empty(dim, np.float32)
     while True:
         item = take_item(job)
@@ -108,7 +132,7 @@ def _store_qkv(job: Any, like: Any) -> None:
             return
         for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
             source = token * (heads + 2 * kv_heads) * dim
-            cached = slots[token] * kv_heads * dim
+            slot = slots[token]
             c, s = elements_at(cos + token * dim * 2, _F32), elements_at(sin + token * dim * 2, _F32)
             for h in range(heads + kv_heads):
                 at = source + h * dim
@@ -121,12 +145,17 @@ def _store_qkv(job: Any, like: Any) -> None:
                 if h < heads:
                     for i in range(dim):
                         q_out[(token * heads + h) * dim + i] = narrow(head[i], like)
+                elif packed:
+                    first = _packed_head(slot, h - heads, kv_heads, block_size, dim) + slot % block_size * 2
+                    for i in range(dim // 2):
+                        keys[first + 2 * block_size * i] = narrow(head[2 * i], like)
+                        keys[first + 2 * block_size * i + 1] = narrow(head[2 * i + 1], like)
                 else:
+                    first = (slot * kv_heads + h - heads) * dim
                     for i in range(dim):
-                        keys[cached + (h - heads) * dim + i] = narrow(head[i], like)
+                        keys[first + i] = narrow(head[i], like)
             at = source + (heads + kv_heads) * dim
-            for i in range(kv_heads * dim):
-                values[cached + i] = qkv[at + i]
+            _store_values(qkv, at, values, slot, kv_heads, block_size, dim, packed)
 
 
 @jit
@@ -230,15 +259,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """As `reference.store_qkv`."""
-    tokens, (_, _, kv_heads, dim) = qkv.shape[0], k_cache.shape
+    tokens, kv_heads, dim = qkv.shape[0], cache.num_kv_heads, cache.head_dim
     q = qkv.new_empty((tokens, num_heads, dim))
     cos, sin = (0, 0) if rotation is None else rotation
     parallel.run(
-        _STORE_QKV[qkv.dtype], _items(tokens), tokens, num_heads, kv_heads, dim, qkv, q, k_cache, v_cache, slots,
+        _STORE_QKV[qkv.dtype], _items(tokens), tokens, num_heads, kv_heads, dim, qkv, q, cache.k, cache.v, slots,
         cos, sin, parallel.float_bits(-1.0 if norm_eps is None else norm_eps), 0 if q_scale is None else q_scale,
+        cache.block_size, int(cache.packed),
     )  # fmt: skip
     return q

@@ -167,6 +167,42 @@ class PanelInt4Linear:
         return _rows_in_order(weight.flatten(2), self.gated)
 
 
+@dataclass(frozen=True, eq=False)
+class PanelFp8Linear:
+    """words int32 [P, K/4, 32]: byte b of word [p, j, c] is column c of panel p at k = 4j + b, float8_e4m3fn.
+
+    scale float32 [P, 32]; dynamic_activations: as in Fp8Linear. `derived`: what kernels work out once.
+    """
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    gated: bool
+    dynamic_activations: bool
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0] * PANEL
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * 4
+
+    def addresses(self) -> tuple[int, int]:
+        """Of the words and of the scales."""
+        return self.words.data_ptr(), self.scale.data_ptr()
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.words, self.scale)
+
+    def plain(self) -> Fp8Linear:
+        """The same weight [N, K], gate rows first."""
+        values = self.words.view(torch.uint8).view(*self.words.shape, 4)  # [P, K/4, 32, 4]
+        weight = _rows_in_order(values.transpose(1, 2).flatten(2), self.gated).view(torch.float8_e4m3fn)
+        scale = _rows_in_order(self.scale[..., None], self.gated)  # [N, 1]
+        return Fp8Linear(weight, scale, self.dynamic_activations)
+
+
 def _rows_in_order(panels: torch.Tensor, gated: bool) -> torch.Tensor:
     """[P, 32, K] → [N, K]."""
     if not gated:
@@ -174,7 +210,8 @@ def _rows_in_order(panels: torch.Tensor, gated: bool) -> torch.Tensor:
     return torch.cat([panels[:, :HALF].flatten(0, 1), panels[:, HALF:].flatten(0, 1)])
 
 
-Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear | PanelLinear | PanelInt4Linear
+Panels = PanelLinear | PanelInt4Linear | PanelFp8Linear
+Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear | Panels
 
 
 @dataclass(frozen=True, eq=False)

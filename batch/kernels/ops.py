@@ -14,7 +14,7 @@ import torch
 
 from batch.kernels import reference
 from batch.kernels.linears import Experts, Linear
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 _reference_only = False
@@ -61,17 +61,22 @@ def add_rms_norm(
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     kernels = _kernels(qkv)
-    return kernels.store_qkv(qkv, num_heads, k_cache, v_cache, slots, rotation, norm_eps, q_scale)
+    return kernels.store_qkv(qkv, num_heads, cache, slots, rotation, norm_eps, q_scale)
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
-    return _kernels(q).paged_attention(q, k_cache, v_cache, batch, scale)
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
+    return _kernels(q).paged_attention(q, cache, batch, scale)
+
+
+def packs_cache(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
+    """Whether a KV cache of this kind is to be packed (see `LayerCache`): only where the kernels gain by it."""
+    if device.type != "cpu" or dtype not in CPU_DTYPES or _reference_only:
+        return False
+    return bool(_cpu().packs_cache(dtype, block_size, head_dim))
 
 
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:

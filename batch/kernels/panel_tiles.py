@@ -87,6 +87,16 @@ def _silu(builder: Any, x: Any) -> Any:
     return builder.fdiv(x, builder.fadd(_exp(builder, clamped), _float(1.0)))
 
 
+def _scaled_tile(builder: Any, sums: list[Any], x_scale: Any, scale: Any) -> list[Any]:
+    """Row m times the m-th float32 at `x_scale`, columns times the 32 float32 at `scale`."""
+    columns = [_load(builder, builder.add(scale, _constant(VECTOR_BYTES * n)), F32X16) for n in (0, 1)]
+    scaled = []
+    for i, value in enumerate(sums):
+        row = builder.bitcast(_splat_word(builder, builder.add(x_scale, _constant(4 * (i // 2)))), F32X16)
+        scaled.append(builder.fmul(builder.fmul(value, row), columns[i % 2]))
+    return scaled
+
+
 def _store_tile(builder: Any, sums: list[Any], outs: Any, gated: Any) -> None:
     """Row m's sums are sums[2m] and sums[2m + 1]; its address is the m-th int64 at `outs`.
 
@@ -110,16 +120,19 @@ def _row_starts(builder: Any, x: Any, x_bytes: Any, rows: int) -> list[Any]:
 
 
 def dense_tile(rows: int) -> Any:
-    """An intrinsic tile(x, x_bytes, w, pairs, outs, gated): `rows` rows of x · one panel.
+    """An intrinsic tile(x, x_bytes, x_scale, w, scale, pairs, outs, gated): `rows` rows of x · one panel.
 
-    x: bfloat16 rows x_bytes apart; w: the panel, `pairs` = K / 2 lines of 128 bytes; outs: address of the int64
+    x: bfloat16 rows x_bytes apart; w: the panel, `pairs` = K / 2 lines of 128 bytes; x_scale, scale: float32 factors
+    of the result's rows and 32 columns; outs: address of the int64
     addresses that the rows go to, 32 bfloat16 each; or, with gated ≠ 0, 16 of silu(gate) · up.
     """
 
     @intrinsic
-    def tile(typingctx: Any, x: Any, x_bytes: Any, w: Any, pairs: Any, outs: Any, gated: Any) -> Any:
+    def tile(
+        typingctx: Any, x: Any, x_bytes: Any, x_scale: Any, w: Any, scale: Any, pairs: Any, outs: Any, gated: Any
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_bytes, w, pairs, outs, gated = args
+            x, x_bytes, x_scale, w, scale, pairs, outs, gated = args
             starts = _row_starts(builder, x, x_bytes, rows)
             with _loop(builder, builder.mul(pairs, _constant(4)), 4, [_float(0.0)] * (2 * rows)) as loop:
                 line = builder.add(w, builder.mul(loop.offset, _constant(LINE_BYTES // 4)))
@@ -130,10 +143,10 @@ def dense_tile(rows: int) -> Any:
                 for m, start in enumerate(starts):
                     pair = _splat_word(builder, builder.add(start, loop.offset))
                     loop.new += [_dot(builder, loop.old[2 * m + n], pair, weights[n]) for n in (0, 1)]
-            _store_tile(builder, loop.new, outs, gated)
+            _store_tile(builder, _scaled_tile(builder, loop.new, x_scale, scale), outs, gated)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 6), codegen
+        return types.void(*[types.intp] * 8), codegen
 
     return tile
 
@@ -302,6 +315,41 @@ def expand_int4(typingctx: Any, w: Any, scale: Any, groups: Any, out: Any) -> An
     return types.void(*[types.intp] * 4), codegen
 
 
+@intrinsic
+def expand_fp8(typingctx: Any, w: Any, lines: Any, out: Any) -> Any:
+    """An FP8 panel (`lines` = K / 4) as a bfloat16 panel at `out`: the e4m3 values, exactly, without scales."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        w, lines, out = args
+        with _loop(builder, lines, 1, []) as loop:
+            source = builder.add(w, builder.mul(loop.offset, _constant(LINE_BYTES)))
+            target = builder.add(out, builder.mul(loop.offset, _constant(2 * LINE_BYTES)))
+            for n in (0, VECTOR_BYTES):
+                words = _load(builder, builder.add(source, _constant(n)), I32X16)
+                _prefetch(builder, builder.add(source, _constant(AHEAD_BYTES + n)))
+                values = [_e4m3(builder, words, byte) for byte in range(4)]
+                for i in (0, 1):
+                    low = builder.lshr(values[2 * i], _splat(I32X16, 16))
+                    address = builder.add(target, _constant(LINE_BYTES * i + n))
+                    _store(builder, builder.or_(low, values[2 * i + 1]), address)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+def _e4m3(builder: Any, words: Any, byte: int) -> Any:
+    """One byte of each word, float8_e4m3fn, as the bits of the float32 of that value.
+
+    Its exponent and mantissa are moved into a float32's place, which reads as the value times 2⁻¹²⁰, subnormals too.
+    """
+    top = builder.shl(words, _splat(I32X16, 24 - 8 * byte))
+    bits = builder.lshr(builder.and_(top, _splat(I32X16, 0x7F000000)), _splat(I32X16, 4))
+    nan = builder.icmp_unsigned("==", bits, _splat(I32X16, 0x07F00000))
+    value = builder.bitcast(builder.fmul(builder.bitcast(bits, F32X16), _float(2.0**120)), I32X16)
+    value = builder.select(nan, _splat(I32X16, 0x7FC00000), value)
+    return builder.or_(value, builder.and_(top, _splat(I32X16, 0x80000000)))
+
+
 def _scaled_pairs(builder: Any, pairs: Any, factor: Any) -> Any:
     """16 words of two bfloat16 each times a <16 x f32>, rounded to bfloat16 again."""
     low, high = (builder.fmul(half, factor) for half in _halves(builder, pairs))
@@ -309,3 +357,18 @@ def _scaled_pairs(builder: Any, pairs: Any, factor: Any) -> Any:
     both = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low)
     both = builder.bitcast(both, ir.VectorType(ir.IntType(16), 32))
     return builder.bitcast(_shuffle(builder, both, both, [n for i in range(16) for n in (i, 16 + i)]), I32X16)
+
+
+@intrinsic
+def call_tile(
+    typingctx: Any, address: Any, rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any,
+    size: Any, sums: Any, outs: Any, gated: Any,
+) -> Any:  # fmt: skip
+    """Call the machine code at `address`, which takes the other eleven integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [I64] * (len(args) - 1))
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 12), codegen

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from batch.kernels import parallel
-from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelInt4Linear, PanelLinear
+from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelFp8Linear, PanelInt4Linear, PanelLinear
 from batch.kernels.pack_tiles import SIDE, pair_tile, turn_tile
 from batch.kernels.panel_tiles import LINE_BYTES
 from batch.kernels.simd import elements_at, jit, take_item
@@ -106,15 +106,25 @@ def _pack_columns(job: Any) -> None:
                         elements_at(to, _U16)[2 * c + 1] = elements_at(low + stride, _U16)[c]
 
 
-def packs(rows: Sequence[int], size: int, gated: bool, group_size: int | None = None) -> bool:
-    """True where weights [rows[i], size] over one input can be packed; `group_size`: that of INT4.
+def packs(rows: Sequence[int], size: int, gated: bool) -> bool:
+    """True where dense weights [rows[i], size] over one input can be packed. A single one may end in a part of a
+    panel."""
+    return size % MIN_K == 0 and (whole(rows, gated) or (len(rows) == 1 and not gated))
 
-    One dense weight may end in a part of a panel; INT4 and several joined ones must be whole.
-    """
-    if group_size is not None and (group_size != PANEL_GROUP or size % PANEL_GROUP):
-        return False
-    whole = all(n % (HALF if gated else PANEL) == 0 for n in rows)
-    return (whole or (len(rows) == 1 and group_size is None and not gated)) and size % MIN_K == 0
+
+def packs_int4(rows: Sequence[int], size: int, gated: bool, group_size: int | None) -> bool:
+    """The same for INT4 weights with scales for `group_size` k."""
+    return group_size == PANEL_GROUP and size % PANEL_GROUP == 0 and whole(rows, gated)
+
+
+def packs_fp8(rows: Sequence[int], size: int, gated: bool) -> bool:
+    """The same for FP8 weights."""
+    return size % (4 * SIDE) == 0 and whole(rows, gated)
+
+
+def whole(rows: Sequence[int], gated: bool) -> bool:
+    """True where parts of so many rows end where (half) panels do."""
+    return all(n % (HALF if gated else PANEL) == 0 for n in rows)
 
 
 def pack_dense(
@@ -156,10 +166,30 @@ def pack_int4(
     return [PanelInt4Linear(*both, gated, int8_activations) for both in zip(words, factors, strict=True)]
 
 
+def pack_fp8(
+    weights: Sequence[Sequence[torch.Tensor]],
+    scales: Sequence[Sequence[torch.Tensor]],
+    gated: bool,
+    dynamic_activations: bool,
+) -> list[PanelFp8Linear]:
+    """FP8 weights of one shape, each of one or more parts (float8_e4m3fn [rows, K], scale [rows, 1] or one number),
+    into panels."""
+    rows, count = sum(part.shape[0] for part in weights[0]), weights[0][0].shape[1] // 4
+    words = empty_words((len(weights), rows // PANEL, count, PANEL))
+    _pack([[part.contiguous() for part in parts] for parts in weights], words, gated)
+    made = []
+    for panels, parts, factors in zip(words, weights, scales, strict=True):
+        columns = [f.float().reshape(-1, 1).expand(len(p), 1) for p, f in zip(parts, factors, strict=True)]
+        made.append(
+            PanelFp8Linear(panels, _scale_panels(columns, gated)[:, 0].contiguous(), gated, dynamic_activations)
+        )
+    return made
+
+
 def _scale_panels(scales: Sequence[torch.Tensor], gated: bool) -> torch.Tensor:
-    """Scales of the parts [rows, K/128] → [P, K/128, 32]."""
+    """Scales of the parts [rows, groups] → [P, groups, 32]."""
     if gated:
-        joined = torch.cat([scale.unflatten(0, (-1, HALF)) for scale in scales], dim=1)  # [P, 32, K/128]
+        joined = torch.cat([scale.unflatten(0, (-1, HALF)) for scale in scales], dim=1)  # [P, 32, groups]
     else:
         joined = torch.cat(list(scales)).unflatten(0, (-1, PANEL))
     return joined.transpose(1, 2)
@@ -190,7 +220,7 @@ def _pack(
     weights: Sequence[Sequence[torch.Tensor]], words: torch.Tensor, gated: bool, int4: bool = False,
     by_columns: bool = False,
 ) -> None:  # fmt: skip
-    """Parts [rows, K] of bfloat16 or of eight INT4 in an int32 → words int32 [weights, P, lines, 32]."""
+    """Parts [rows, K] of bfloat16, of FP8 or of eight INT4 in an int32 → words int32 [weights, P, lines, 32]."""
     count, panels, lines, _ = words.shape
     step = 1 if by_columns else 0
     sources = [

@@ -25,10 +25,14 @@ MIN_ITEMS = 2  # per thread: less is not worth waking it
 
 
 class Kernel:
-    """Decorates `kernel(job)`: machine code without the GIL, compiled (or read from numba's cache) on first use."""
+    """Decorates `kernel(job)`: machine code without the GIL, compiled (or read from numba's cache) on first use.
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    `arguments`: how many integers it takes; one that is not called by `run` may take more than the job's address.
+    """
+
+    def __init__(self, function: Callable[..., None], arguments: int = 1) -> None:
         self.function = function
+        self.arguments = arguments
         self.__name__ = function.__name__
 
     @functools.cached_property
@@ -36,7 +40,7 @@ class Kernel:
         from numba import cfunc
 
         with numba_cache(Path(__file__).parent) as cached:
-            return cfunc("void(intp)", cache=cached)(self.function)
+            return cfunc(f"void({', '.join(['intp'] * self.arguments)})", cache=cached)(self.function)
 
 
 def run(kernel: Kernel, items: int, *args: int | torch.Tensor) -> None:

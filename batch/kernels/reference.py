@@ -17,10 +17,11 @@ from batch.kernels.linears import (
     FusedLinear,
     Int4Linear,
     Linear,
+    PanelFp8Linear,
     PanelInt4Linear,
     PanelLinear,
 )
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
 
@@ -62,23 +63,22 @@ def l2_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def store_qkv(
-    qkv: torch.Tensor, num_heads: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    qkv: torch.Tensor, num_heads: int, cache: LayerCache, slots: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor] | None, norm_eps: float | None, q_scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """qkv [T, (A + 2K)·D] → q [T, A, D]; k and v go into the caches [num_blocks, B, K, D] at slots int64 [T].
+    """qkv [T, (A + 2K)·D] → q [T, A, D]; k and v go into the cache at slots int64 [T].
 
     Rope layers give `rotation` (cos, sin float32 [T, D/2]) and, for QK norm after it, `norm_eps`; NoPE layers give
     `q_scale` float32 [T] (temperature) or None.
     """
-    q, k, v = split_qkv(qkv, num_heads, k_cache.shape[2])
+    q, k, v = split_qkv(qkv, num_heads, cache.num_kv_heads)
     if rotation is not None:
         q, k = rotate(q, *rotation).to(qkv.dtype), rotate(k, *rotation).to(qkv.dtype)
         if norm_eps is not None:
             q, k = l2_norm(q, norm_eps), l2_norm(k, norm_eps)
     elif q_scale is not None:
         q = (q * q_scale[:, None, None]).to(qkv.dtype)  # [T, A, D] · [T, 1, 1]
-    k_cache.flatten(0, 1)[slots] = k  # [num_blocks · B, K, D]
-    v_cache.flatten(0, 1)[slots] = v
+    cache.write(slots, k, v)
     return q.contiguous()
 
 
@@ -89,22 +89,19 @@ def split_qkv(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[tor
     return q, k, v
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """Causal attention of q [T, A, D] over each sequence's blocks → [T, A·D].
 
     A query at position p sees the cached positions kv_start ≤ position ≤ p of its own sequence.
     """
     if batch.max_query_len == 1:
-        return _decode_attention(q, k_cache, v_cache, batch, scale)
+        return _decode_attention(q, cache, batch, scale)
     out = torch.empty_like(q)
     for seq, (begin, end, context) in enumerate(batch.ranges()):
         if begin == end:
             continue
-        blocks = batch.block_table[seq, : -(-context // k_cache.shape[1])].long()
-        k = k_cache[blocks].flatten(0, 1)[:context]  # [C, K, D]
-        v = v_cache[blocks].flatten(0, 1)[:context]  # [C, K, D]
+        k, v = cache.read(batch.block_table[seq, : -(-context // cache.block_size)].long())
+        k, v = k.flatten(0, 1)[:context], v.flatten(0, 1)[:context]  # [C, K, D]
         out[begin:end] = causal_attention(q[begin:end], k, v, scale)
     return out.flatten(1)  # [T, A·D]
 
@@ -129,14 +126,11 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     return out[0].transpose(0, 1)  # [Q, A, D]
 
 
-def _decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: PagedBatch, scale: float
-) -> torch.Tensor:
+def _decode_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale: float) -> torch.Tensor:
     """One query per sequence, all sequences padded to the longest in one call: q [S, A, D] → [S, A·D]."""
-    num_blocks = -(-batch.max_context_len // k_cache.shape[1])
-    blocks = batch.block_table[:, :num_blocks].long()
-    k = k_cache[blocks].flatten(1, 2)  # [S, C, K, D]
-    v = v_cache[blocks].flatten(1, 2)
+    num_blocks = -(-batch.max_context_len // cache.block_size)
+    k, v = cache.read(batch.block_table[:, :num_blocks].long())
+    k, v = k.flatten(1, 2), v.flatten(1, 2)  # [S, C, K, D]
     visible = torch.arange(k.shape[1], device=q.device) < batch.cached_len[:, None]  # [S, C]
     # Padding lies in other sequences' blocks: weight 0 times their NaN, should one have it, would be NaN here.
     k.masked_fill_(~visible[:, :, None, None], 0)
@@ -186,6 +180,8 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
         q, scale = quantize_int8_groups(x, PANEL_GROUP)
         exact = (q.unflatten(-1, (*scale.shape[1:], PANEL_GROUP)) * scale[..., None]).flatten(1)  # [T, K]
         return F.linear(exact, weight.dense().float()).to(x.dtype)
+    if isinstance(weight, PanelFp8Linear):
+        weight = weight.plain()
     if isinstance(weight, PanelLinear | PanelInt4Linear):
         return F.linear(x, weight.dense().to(x.dtype))
     if isinstance(weight, Fp8Linear):

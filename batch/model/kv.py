@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from batch.kernels import ops
+from batch.kernels.paging import LayerCache
 from l4tool.core.arch import TextArch
 
 CACHE_LINE = 64  # bytes
@@ -18,15 +20,14 @@ CACHE_LINE = 64  # bytes
 
 @dataclass(frozen=True)
 class KVCache:
-    """Per layer: k[layer] and v[layer] [num_blocks, B, K, D] in the activation dtype; block ids are per kind."""
+    """Every layer's keys and values in the activation dtype; block ids are per kind."""
 
-    k: tuple[torch.Tensor, ...]
-    v: tuple[torch.Tensor, ...]
+    layers: tuple[LayerCache, ...]
     block_size: int
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.k, *self.v))
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
 
 def allocate(
@@ -34,13 +35,14 @@ def allocate(
     device: torch.device, dtype: torch.dtype,
 ) -> KVCache:  # fmt: skip
     """Zeroed caches: attention may multiply a never-written slot by weight 0, so it must not hold NaN."""
-    pools: list[list[torch.Tensor]] = [[], []]
-    for pool in pools:
-        for has_rope in arch.rope_layers:
-            blocks = num_chunked_blocks if has_rope else num_full_blocks
-            shape = (blocks, block_size, arch.num_kv_heads, arch.head_dim)
-            pool.append(_zeros(shape, dtype, device))
-    return KVCache(tuple(pools[0]), tuple(pools[1]), block_size)
+    packed = ops.packs_cache(device, dtype, block_size, arch.head_dim)
+    k_shape, v_shape = LayerCache.shapes(block_size, arch.num_kv_heads, arch.head_dim, packed)
+    layers = []
+    for has_rope in arch.rope_layers:
+        blocks = num_chunked_blocks if has_rope else num_full_blocks
+        k, v = (_zeros((blocks, *shape), dtype, device) for shape in (k_shape, v_shape))
+        layers.append(LayerCache(k, v, packed))
+    return KVCache(tuple(layers), block_size)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

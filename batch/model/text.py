@@ -109,16 +109,16 @@ class TextModel:
     ) -> torch.Tensor:
         arch = self.arch
         qkv = ops.linear(x, layer.qkv)  # [T, (A + 2K)·D]
-        keys, values = kv.k[index], kv.v[index]
+        cache = kv.layers[index]
         if arch.rope_layers[index]:
             where, batch = step.chunked, tables.chunked
             eps = arch.rms_norm_eps if arch.use_qk_norm else None
             rotation = (tables.cos, tables.sin)
-            q = ops.store_qkv(qkv, arch.num_heads, keys, values, where.slots, rotation, eps, None)  # [T, A, D]
+            q = ops.store_qkv(qkv, arch.num_heads, cache, where.slots, rotation, eps, None)  # [T, A, D]
         else:
             where, batch = step.full, tables.full
-            q = ops.store_qkv(qkv, arch.num_heads, keys, values, where.slots, None, None, tables.q_scale)
-        out = ops.paged_attention(q, keys, values, batch, self.scale)  # [T, A·D]
+            q = ops.store_qkv(qkv, arch.num_heads, cache, where.slots, None, None, tables.q_scale)
+        out = ops.paged_attention(q, cache, batch, self.scale)  # [T, A·D]
         return ops.linear(out, layer.o)  # [T, H]
 
 

@@ -22,6 +22,7 @@ from batch.kernels.linears import (
     FusedLinear,
     Int4Linear,
     Linear,
+    PanelFp8Linear,
     PanelInt4Linear,
     PanelLinear,
 )
@@ -133,10 +134,15 @@ class Loader:
         if all(form is None for form in forms):
             return self._dense_bank(names, gated)
         form = forms[0]
-        if self.packer is not None and form is not None and form.kind == "int4" and forms.count(form) == len(forms):
-            rows, columns = self._shapes(names[0], "weight_packed")
-            if self.packer.packs(rows, 8 * columns, gated, form.group_size or 0):
-                return self._int4_panels(names, gated)
+        if self.packer is not None and form is not None and forms.count(form) == len(forms):
+            if form.kind == "int4":
+                rows, columns = self._shapes(names[0], "weight_packed")
+                if self.packer.packs_int4(rows, 8 * columns, gated, form.group_size):
+                    return self._int4_panels(names, gated)
+            elif form.strategy in ("channel", "tensor") and self.packer.packs_fp8(
+                *self._shapes(names[0], "weight"), gated
+            ):
+                return self._fp8_panels(names, gated, form.dynamic_activations)
         joined = [tuple(self._part(prefix) for prefix in group) for group in names]
         return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
 
@@ -172,6 +178,15 @@ class Loader:
             scales = [[self.reader.read(f"{prefix}.weight_scale").to(self.dtype) for prefix in g] for g in groups]
             made += self.packer.pack_int4(packed, scales, gated, self.int8_activations)
             self._release(groups, "weight_packed")
+        return tuple(made)
+
+    def _fp8_panels(self, names: list[list[str]], gated: bool, dynamic: bool) -> tuple[PanelFp8Linear, ...]:
+        made: list[PanelFp8Linear] = []
+        for _, groups in self._batches(names, "weight"):
+            weights = [[self.reader.read(f"{prefix}.weight") for prefix in group] for group in groups]
+            scales = [[self.reader.read(f"{prefix}.weight_scale") for prefix in group] for group in groups]
+            made += self.packer.pack_fp8(weights, scales, gated, dynamic)
+            self._release(groups, "weight")
         return tuple(made)
 
     def _batches(self, names: list[list[str]], suffix: str) -> Iterator[tuple[int, list[list[str]]]]:

@@ -1,13 +1,14 @@
-"""The job on l4tool's embedded backend."""
+"""The scenarios on l4tool's embedded backend. job["activations"]: as EmbeddedOptions has it; absent: its default."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Timed, peak_rss_bytes, read_job, write_result
+from measure import Timed, figures, read_job, take_peak_rss, warm_up_prompts, write_result
 
 from batch.backends.base import ListSource
 from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
@@ -47,38 +48,45 @@ def is_decode(row: dict[str, float]) -> bool:
     return row["computed_tokens"] == row["output_tokens"]
 
 
-def requests(prompts: list[list[int]], sampling: SamplingParams) -> ListSource:
-    return ListSource(PreparedRequest(key, prompt, sampling) for key, prompt in enumerate(prompts))
+def embedded_options(job: dict[str, Any]) -> EmbeddedOptions:
+    """Prefix caching is off: a warm-up shares prompts with the job."""
+    chosen = {key: job[key] for key in ("max_batch_tokens", "activations") if job.get(key) is not None}
+    if unknown := chosen.keys() - {field.name for field in fields(EmbeddedOptions)}:
+        raise SystemExit(f"this l4tool's EmbeddedOptions has no {', '.join(unknown)}")
+    return EmbeddedOptions(dtype="bfloat16", prefix_cache=False, **chosen)
 
 
-def checked(results: list[GenerationResult]) -> list[GenerationResult]:
+def generate(backend: EmbeddedBackend, prompts: list[list[int]], new_tokens: int) -> list[GenerationResult]:
+    """Greedy, all of them at once; checked."""
+    asked = SamplingParams(new_tokens)
+    results = list(backend.run(ListSource(PreparedRequest(key, prompt, asked) for key, prompt in enumerate(prompts))))
     for result in results:
         assert result.error_code is None, result.error_message
-    return sorted(results, key=lambda result: result.key)
+    assert [len(result.choices[0].token_ids) for result in results] == [new_tokens] * len(prompts)
+    return results
+
+
+def run_scenario(backend: EmbeddedBackend, scenario: dict[str, Any]) -> dict[str, Any]:
+    timer = StepTimer(backend.engine)
+    backend.engine.step = timer  # type: ignore[method-assign]
+    take_peak_rss()
+    with Timed() as timed:
+        generate(backend, scenario["prompts"], scenario["new_tokens"])
+    backend.engine.step = timer.step  # type: ignore[method-assign]
+    steps = [(row["step_s"], int(row["computed_tokens"]), int(row["output_tokens"])) for row in timer.rows]
+    return figures(timed, scenario, steps) | {"decode_step": decode_step(timer.rows)}
 
 
 def main() -> None:
     job = read_job()
     torch.set_num_threads(job["threads"])
     folder = Path(job["checkpoint"])
-    options = EmbeddedOptions(dtype="bfloat16", max_batch_tokens=job.get("max_batch_tokens"), prefix_cache=False)
     with Timed() as loading:
-        backend = EmbeddedBackend(folder, Tokenizer.load(folder), options, eos_token_ids=())
-    prompts, new_tokens = job["prompts"], job["new_tokens"]
-    checked(list(backend.run(requests(prompts[:2], SamplingParams(2)))))  # compile, warm up
-    timer = StepTimer(backend.engine)
-    backend.engine.step = timer  # type: ignore[method-assign]
-    with Timed() as timed:
-        results = checked(list(backend.run(requests(prompts, SamplingParams(new_tokens)))))
-    assert all(len(result.choices[0].token_ids) == new_tokens for result in results)
-    prefill_s = sum(row["step_s"] for row in timer.rows if not is_decode(row))
-    decoded = sum(row["output_tokens"] for row in timer.rows if is_decode(row))
-    write_result({
-        "seconds": timed.seconds, "cpu_s": timed.cpu_s, "load_s": loading.seconds, "peak_rss_bytes": peak_rss_bytes(),
-        "prompt_tokens_s": sum(map(len, prompts)) / prefill_s,
-        "decode_tokens_s": decoded / sum(row["step_s"] for row in timer.rows if is_decode(row)),
-        "decode_step": decode_step(timer.rows), "stats": vars(backend.stats),
-    })  # fmt: skip
+        backend = EmbeddedBackend(folder, Tokenizer.load(folder), embedded_options(job), eos_token_ids=())
+    generate(backend, warm_up_prompts(job), 4)  # compiles
+    generate(backend, warm_up_prompts(job)[:1], 4)
+    results = {scenario["name"]: run_scenario(backend, scenario) for scenario in job["scenarios"]}
+    write_result({"load_s": loading.seconds, "scenarios": results})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The embedded backend end to end on a tiny model: requests in, texts out."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_leaving_early_frees_everything_and_the_backend_can_run_again(model, tok
 
 def test_options_have_sensible_defaults(model):
     config = engine_config(model, EmbeddedOptions())
-    assert config.block_size == 32 and config.max_seqs <= config.max_batch_tokens
+    assert config.block_size == 16 and config.max_seqs <= config.max_batch_tokens
     assert 0 < config.kv_bytes <= available_bytes()
     assert engine_config(model, EmbeddedOptions(max_batch_tokens=3)).max_seqs == 3
     with pytest.raises(UsageError, match="chunk of 32"):
@@ -213,3 +214,19 @@ def test_default_kv_memory_respects_a_cgroup_limit(tmp_path, monkeypatch, versio
     assert available_bytes() == 900_000
     (group / names[0]).write_text("max\n")
     assert available_bytes() > 900_000
+
+
+def test_waiting_for_input_and_for_whoever_takes_the_results_is_counted(model, tokenizer):
+    class Slow(ListSource):
+        def take(self, wait):
+            time.sleep(0.05)
+            return super().take(wait)
+
+    backend = make_backend(model, tokenizer)
+    began_s = time.perf_counter()
+    for _ in backend.run(Slow([request(i, tokenizer, max_tokens=2) for i in range(4)])):
+        time.sleep(0.1)
+    took_s = time.perf_counter() - began_s
+    stats = backend.stats
+    assert stats.input_wait_s >= 5 * 0.05 and stats.output_wait_s >= 4 * 0.1
+    assert stats.input_wait_s + stats.output_wait_s < stats.run_s <= took_s

@@ -275,7 +275,7 @@ def test_every_block_found_holds_what_its_key_says_and_nothing_hangs(workload, r
     while arrivals or scheduler.running or scheduler.waiting:
         while arrivals and (arrivals[0][0] <= step or not (scheduler.running or scheduler.waiting)):
             scheduler.add(arrivals.pop(0)[1])
-        eldest = scheduler.running[0] if scheduler.running else None
+        eldest = next(iter(scheduler.running), None)
         before = eldest and (len(eldest.tokens), eldest.num_computed)
         plan = scheduler.schedule()
         assert 0 < sum(piece.length for piece in plan) <= scheduler.max_batch_tokens
@@ -291,7 +291,7 @@ def test_every_block_found_holds_what_its_key_says_and_nothing_hangs(workload, r
         assert eldest is None or (len(eldest.tokens), eldest.num_computed) > before
         assert all(s.passed_over < 2 * WINDOW for s in scheduler.waiting)
         if len(scheduler.running) > 1 and random.random() < 0.1:
-            scheduler.preempt(scheduler.running[-1])
+            scheduler.preempt(scheduler.youngest)
         step += 1
         assert step < 10_000
     assert all(s.finish_reason == "length" and len(s.tokens) == s.max_len for s in everyone)
@@ -311,7 +311,7 @@ def run(engine, requests, preempting=None):
     while engine.has_work:
         engine.step()
         if preempting and len(engine.scheduler.running) > 1 and preempting.random() < 0.15:
-            engine.scheduler.preempt(engine.scheduler.running[-1])
+            engine.scheduler.preempt(engine.scheduler.youngest)
     assert engine.blocks.full.num_used == engine.blocks.chunked.num_used == 0
     return sequences
 

@@ -1,10 +1,12 @@
 """Scheduling policy on real block pools, without a model: a "step" books what was planned and appends a token."""
 
+import time
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch.engine.blocks import BlockManager
-from batch.engine.scheduler import Scheduler
+from batch.engine.scheduler import FIRST_TOKENS, WINDOW, Scheduler
 from batch.engine.sequence import Sequence
 from batch.requests import SamplingParams
 
@@ -17,8 +19,8 @@ def make_sequence(name, prompt_len, max_tokens):
     return Sequence(name, tokens, prompt_len, sampling, prompt_len + max_tokens, stop_ids=frozenset())
 
 
-def make_scheduler(full=64, chunked=64, max_seqs=8, max_batch_tokens=40):
-    return Scheduler(BlockManager(full, chunked, BLOCK, CHUNK), max_seqs, max_batch_tokens)
+def make_scheduler(full=64, chunked=64, max_seqs=8, max_batch_tokens=40, first_alone=False):
+    return Scheduler(BlockManager(full, chunked, BLOCK, CHUNK), max_seqs, max_batch_tokens, first_alone)
 
 
 def book(scheduler, plan):
@@ -68,7 +70,7 @@ def test_a_large_step_is_filled_at_once():
 
 def test_decodes_come_first_and_the_rest_of_the_budget_is_prefill():
     scheduler = make_scheduler(max_batch_tokens=20)
-    short, long = make_sequence("short", 4, 5), make_sequence("long", 50, 5)
+    short, long = make_sequence("short", 4, 9), make_sequence("long", 50, 5)
     scheduler.add(short)
     scheduler.add(long)
     first = scheduler.schedule()
@@ -112,11 +114,67 @@ def test_admission_leaves_room_for_prompts_already_running():
     assert running == [[0]] * 4 + [[1]] * 4 + [[1, 2]] and scheduler.num_preemptions == 0
 
 
+def steps_of(answers, max_seqs=4):
+    """Steps that answers of these lengths take in all, and the order in which they began."""
+    scheduler = make_scheduler(1024, 1024, max_seqs, max_batch_tokens=64)
+    for name, length in enumerate(answers):
+        scheduler.add(make_sequence(name, 8, length))
+    steps, began = 0, []
+    while scheduler.running or scheduler.waiting:
+        book(scheduler, scheduler.schedule())
+        began += [s.handle for s in scheduler.admitted]
+        steps += 1
+    return steps, began
+
+
+def test_a_long_answer_does_not_begin_last():
+    # 15 short answers, then a long one: in input order it would run alone for most of its steps.
+    steps, began = steps_of([10] * 15 + [40])
+    assert began[0] == 15
+    assert steps == 50  # 190 tokens in four places take 48 at least; the 15 short ones take five turns of three places
+
+
+def test_a_line_in_a_stream_of_longer_ones_is_passed_over_only_so_often():
+    _, began = steps_of([5] + [6] * (3 * WINDOW), max_seqs=2)
+    assert began.index(0) == WINDOW
+
+
+def test_the_first_answer_comes_before_others_take_its_time():
+    scheduler = make_scheduler(first_alone=True)
+    for name, tokens in enumerate((20, 6, 30)):
+        scheduler.add(make_sequence(name, 8, tokens))
+    steps = []
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.schedule()
+        check_plan(scheduler, plan)
+        steps.append(sorted(p.sequence.handle for p in plan))
+        book(scheduler, plan)
+    assert steps[:7] == [[1]] * 6 + [[0, 2]]
+    long = make_scheduler(first_alone=True)
+    for name in range(2):
+        long.add(make_sequence(name, 8, FIRST_TOKENS + 1))
+    assert len(long.schedule()) == 2  # an answer that may be long would keep the others waiting
+
+
+def test_the_cost_of_a_step_does_not_grow_with_the_square_of_the_sequences():
+    def seconds_per_sequence(count):
+        scheduler = make_scheduler(8 * count, 8 * count, count, max_batch_tokens=16 * count)
+        for name in range(count):
+            scheduler.add(make_sequence(name, 8, 3))
+        began = time.process_time()
+        while scheduler.running or scheduler.waiting:
+            book(scheduler, scheduler.schedule())
+        return (time.process_time() - began) / count
+
+    few, many = min(seconds_per_sequence(500) for _ in range(3)), min(seconds_per_sequence(8000) for _ in range(2))
+    assert many < 4 * few
+
+
 @st.composite
 def workloads(draw):
     max_seqs = draw(st.integers(1, 6))
     full, chunked = draw(st.integers(1, 24)), draw(st.integers(1, 12))
-    scheduler = make_scheduler(full, chunked, max_seqs, draw(st.integers(max_seqs, 64)))
+    scheduler = make_scheduler(full, chunked, max_seqs, draw(st.integers(max_seqs, 64)), draw(st.booleans()))
     longest = min(full * BLOCK, 10**9 if chunked * BLOCK >= CHUNK else chunked * BLOCK)
     sequences = []
     for name in range(draw(st.integers(1, 12))):
@@ -137,14 +195,15 @@ def test_every_workload_finishes_and_blocks_are_conserved(workload):
         while arrivals and (arrivals[0][0] <= step or not (scheduler.running or scheduler.waiting)):
             arrived.append(arrivals.pop(0)[1])
             scheduler.add(arrived[-1])
-        oldest = next(s for s in arrived if not s.is_over)
-        before = len(oldest.tokens), oldest.num_computed
+        oldest = next(iter(scheduler.running), None)
+        before = oldest and (len(oldest.tokens), oldest.num_computed)
         plan = scheduler.schedule()
         check_plan(scheduler, plan)
         check_blocks(scheduler)
         book(scheduler, plan)
-        # The oldest unfinished one moves on in every step: that is why nothing can hang.
-        assert (len(oldest.tokens), oldest.num_computed) > before
+        # Whoever was admitted first moves on in every step: that is why nothing can hang.
+        assert oldest is None or (len(oldest.tokens), oldest.num_computed) > before
+        assert all(s.passed_over < 2 * WINDOW for s in scheduler.waiting)
         step += 1
         assert step <= 4 * total * 12
     assert all(s.finish_reason == "length" and len(s.tokens) == s.max_len for s in arrived)
@@ -161,7 +220,7 @@ def test_sequences_may_be_ended_or_preempted_from_outside_at_any_time(workload, 
         plan = scheduler.schedule()
         book(scheduler, plan)
         if len(scheduler.running) > 1 and random.random() < 0.2:
-            scheduler.preempt(scheduler.running[-1])
+            scheduler.preempt(scheduler.youngest)
         live = [*scheduler.running, *scheduler.waiting]
         if live and random.random() < 0.2:
             scheduler.finish(random.choice(live))

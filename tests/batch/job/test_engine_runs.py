@@ -115,3 +115,15 @@ def test_greedy_answers_equal_transformers_generate(answers, front, scout_tiny, 
         out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
         expected = front.tokenizer.decode(out[0, len(request.prompt) :].tolist())
         assert got[line["id"]]["text"] == expected
+
+
+def test_the_summary_says_how_long_the_engine_had_nothing_to_do(tmp_path, scout_tiny):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in LINES if "images" not in line))
+    options = BatchOptions(source, tmp_path / "out.jsonl", scout_tiny, dtype="float32", summary=tmp_path / "s.json")
+    summary = run_batch(options)
+    engine = json.loads((tmp_path / "s.json").read_text())["engine"]
+    assert 0 < engine["input_wait_s"] + engine["output_wait_s"] < engine["run_s"] <= summary.seconds
+    waited = engine["input_wait_s"] + engine["output_wait_s"]
+    assert engine["idle_share"] == pytest.approx(waited / engine["run_s"], abs=2e-3)
+    assert "engine idle" in summary.as_table()

@@ -387,3 +387,34 @@ def test_models_in_the_shared_cache_answer_under_their_name(scout_tiny, tmp_path
     (tmp_path / "in.jsonl").write_text(json.dumps(openai("a", messages=USER)) + "\n")
     run_batch(BatchOptions(tmp_path / "in.jsonl", tmp_path / "out", snapshot), EchoBackend)
     assert json.loads((tmp_path / "out").read_text())["response"]["body"]["model"] == "Llama-4-Scout"
+
+
+def test_lines_are_prepared_while_the_model_loads(run, monkeypatch):
+    import threading
+
+    from batch.prepare import LinePreparer
+
+    prepared, real = threading.Event(), LinePreparer.prepare
+    monkeypatch.setattr(LinePreparer, "prepare", lambda *a, **k: (real(*a, **k), prepared.set())[0])
+
+    class SlowToLoad(EchoBackend):
+        def __init__(self, *arguments):
+            assert prepared.wait(20), "nothing is prepared before the backend is there"
+            super().__init__(*arguments)
+
+    _, lines = run([{"id": 1, "prompt": "a"}], SlowToLoad)
+    assert lines[0]["id"] == 1
+
+
+def test_a_backend_that_cannot_be_made_leaves_no_threads(run):
+    import threading
+
+    from l4tool.core.errors import DeviceError
+
+    class Broken(EchoBackend):
+        def __init__(self, *arguments):
+            raise DeviceError("no such device")
+
+    with pytest.raises(DeviceError):
+        run([{"id": 1, "prompt": "a"}], Broken)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prepare")]

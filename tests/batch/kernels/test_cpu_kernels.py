@@ -5,7 +5,7 @@ import torch
 
 from batch.kernels import cpu, cpu_attention, cpu_fused, cpu_linear, parallel, reference
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear
-from batch.kernels.paging import PagedBatch
+from batch.kernels.paging import LayerCache, PagedBatch
 
 DTYPES = [torch.float32, torch.bfloat16]
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -86,33 +86,38 @@ def test_routed_int4_experts(dtype, group_size, tokens):
 
 
 def paged(sequences, block_size, kv_heads, dim, dtype):
-    """(k cache, v cache, batch) for (queries, context) pairs, blocks scattered, unused slots full of noise."""
+    """(plain cache, batch) for (queries, context) pairs, blocks scattered, unused slots full of noise."""
     width = -(-max(context for _, context in sequences) // block_size)
     shape = (width * len(sequences), block_size, kv_heads, dim)
     table = torch.randperm(shape[0]).reshape(len(sequences), width).int()
     starts = torch.tensor([0] + [queries for queries, _ in sequences]).cumsum(0).int()
     context = torch.tensor([context for _, context in sequences]).int()
     longest = max(queries for queries, _ in sequences), int(context.max())
-    return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), PagedBatch(table, starts, context, *longest)
+    cache = LayerCache(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
+    return cache, PagedBatch(table, starts, context, *longest)
+
+
+def doubled(cache):
+    return LayerCache(cache.k.double(), cache.v.double(), cache.packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim, block_size", [(4, 2, 64, 8), (10, 2, 32, 4), (40, 8, 128, 16)])
 @pytest.mark.parametrize("sequences", [[(1, 1), (1, 33), (1, 200)], [(1, 40), (7, 7), (65, 90), (33, 64)]])
 def test_attention(dtype, heads, kv_heads, dim, block_size, sequences):
-    k, v, batch = paged(sequences, block_size, kv_heads, dim, dtype)
+    cache, batch = paged(sequences, block_size, kv_heads, dim, dtype)
     q = torch.randn(int(batch.query_start[-1]), heads, dim).to(dtype)
-    exact = reference.paged_attention(q.double(), k.double(), v.double(), batch, dim**-0.5)
-    assert cpu_attention.fits(q, k)
-    got = cpu_attention.paged_attention(q, k, v, batch, dim**-0.5)
+    exact = reference.paged_attention(q.double(), doubled(cache), batch, dim**-0.5)
+    assert cpu_attention.fits(q, cache)
+    got = cpu_attention.paged_attention(q, cache, batch, dim**-0.5)
     assert error(got, exact) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def test_attention_survives_extreme_scores():
-    k, v, batch = paged([(1, 70)], 8, 2, 64, torch.float32)
+    cache, batch = paged([(1, 70)], 8, 2, 64, torch.float32)
     q = torch.randn(1, 4, 64) * 1e4
-    exact = reference.paged_attention(q.double(), k.double(), v.double(), batch, 1.0)
-    assert error(cpu_attention.paged_attention(q, k, v, batch, 1.0), exact) < 1e-5
+    exact = reference.paged_attention(q.double(), doubled(cache), batch, 1.0)
+    assert error(cpu_attention.paged_attention(q, cache, batch, 1.0), exact) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,12 +149,12 @@ def test_store_qkv(dtype, kind):
     eps = 1e-5 if kind == "rope+norm" else None
     q_scale = torch.rand(tokens) + 1 if kind == "nope+scale" else None
     slots = torch.randperm(40)[:tokens]
-    caches = [[torch.zeros(5, 8, kv_heads, dim, dtype=dtype) for _ in "kv"] for _ in range(2)]
-    expected = reference.store_qkv(qkv, heads, *caches[0], slots, rotation, eps, q_scale)
-    got = cpu_fused.store_qkv(qkv, heads, *caches[1], slots, rotation, eps, q_scale)
+    caches = [LayerCache(*(torch.zeros(5, 8, kv_heads, dim, dtype=dtype) for _ in "kv")) for _ in range(2)]
+    expected = reference.store_qkv(qkv, heads, caches[0], slots, rotation, eps, q_scale)
+    got = cpu_fused.store_qkv(qkv, heads, caches[1], slots, rotation, eps, q_scale)
     torch.testing.assert_close(got, expected, **CLOSE[dtype])
-    for ours, theirs in zip(caches[1], caches[0], strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE[dtype])
+    torch.testing.assert_close(caches[1].k, caches[0].k, **CLOSE[dtype])
+    torch.testing.assert_close(caches[1].v, caches[0].v, **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from batch.kernels import ops, reference, tiles
-from batch.kernels.linears import DenseLinear, Experts, Int4Linear
+from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear
 
 if not tiles.has_avx512_bf16():
     pytest.skip("this CPU has no AVX512-BF16: weights are not packed in panels", allow_module_level=True)
 
-from batch.kernels import cpu, cpu_panels, panels
+from batch.kernels import cpu, cpu_activations, cpu_panels, cpu_routing, panels
 
 
 def pack(parts, gated=False):
@@ -96,8 +96,10 @@ def test_what_can_be_packed():
     assert panels.packs([64], 64, False) and panels.packs([7], 64, False) and panels.packs([16, 16], 64, True)
     assert not panels.packs([64], 48, False), "K in whole cache lines"
     assert not panels.packs([16, 16], 64, False) and not panels.packs([24, 24], 64, True), "parts in whole panels"
-    assert panels.packs([32], 256, False, 128) and not panels.packs([32], 256, False, 64)
-    assert not panels.packs([32], 192, False, 128) and not panels.packs([16], 256, False, 128)
+    assert panels.packs_int4([32], 256, False, 128) and not panels.packs_int4([32], 256, False, 64)
+    assert not panels.packs_int4([32], 192, False, 128) and not panels.packs_int4([16], 256, False, 128)
+    assert panels.packs_fp8([32], 64, False) and not panels.packs_fp8([32], 32, False)
+    assert not panels.packs_fp8([16], 64, False) and panels.packs_fp8([16, 16], 64, True)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 24, 25, 100])
@@ -106,6 +108,48 @@ def test_dense_product(rows):
     got = ops.linear(x, pack([w], False))
     assert got.shape == (rows, 80)
     assert error(got, x.double() @ w.double().T) < 4e-3
+
+
+def fp8(rows, columns, dynamic=False):
+    """Every e4m3 value but NaN, subnormals and both zeros included."""
+    bits = torch.randint(0, 255, (rows, columns), dtype=torch.uint8)
+    bits[bits == 127] = 1
+    return Fp8Linear(bits.view(torch.float8_e4m3fn), (torch.rand(rows, 1) * 0.01).bfloat16(), dynamic)
+
+
+def fp8_panels(parts, gated):
+    weights, scales = [part.weight for part in parts], [part.scale for part in parts]
+    return panels.pack_fp8([weights], [scales], gated, parts[0].dynamic_activations)[0]
+
+
+def test_packing_fp8_weights_loses_nothing():
+    parts = [fp8(48, 128), fp8(48, 128)]
+    for gated in (False, True):
+        plain = fp8_panels(parts, gated).plain()
+        assert torch.equal(plain.weight.view(torch.uint8), torch.cat([part.weight for part in parts]).view(torch.uint8))
+        assert torch.equal(plain.scale, torch.cat([part.scale for part in parts]).float())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 12, 30])
+def test_fp8_product(rows, dynamic):
+    x, part = torch.randn(rows, 128).bfloat16(), fp8(64, 128, dynamic)
+    got = ops.linear(x, fp8_panels([part], False))
+    assert error(got, reference.linear(x.float(), part)) < 4e-3
+    gate_up, down = [fp8(64, 128, dynamic), fp8(64, 128, dynamic)], fp8(32, 64, dynamic)
+    got = ops.mlp(x, fp8_panels(gate_up, True), fp8_panels([down], False))
+    assert error(got, reference.mlp(x, FusedLinear(tuple(gate_up)), down)) < 3e-2
+
+
+def test_every_fp8_value_is_expanded_exactly():
+    """x picks one column at a time; the subnormals are what a shift of bits alone would lose."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(4, 64).repeat(8, 1)
+    weight = fp8_panels([Fp8Linear(values, torch.ones(32, 1).bfloat16(), False)], False)
+    finite = values.float().nan_to_num(0)
+    got = ops.linear(torch.eye(64).bfloat16(), weight).float().T
+    column_has_nan = values.float().isnan().any(1, keepdim=True)
+    assert torch.equal(torch.where(column_has_nan, finite * 0, got), torch.where(column_has_nan, finite * 0, finite))
+    assert got[column_has_nan[:, 0]].isnan().all()
 
 
 @int8_too
@@ -185,9 +229,9 @@ def test_moe_where_all_tokens_choose_one_expert():
 
 
 def test_many_rows_of_one_weight_are_cut_into_blocks(monkeypatch):
-    monkeypatch.setattr(cpu_panels, "BLOCK_BYTES", 1)
-    cpu_panels.one_weight.cache_clear()
-    assert cpu_panels.block_rows(64) == 48
+    monkeypatch.setattr(cpu_routing, "BLOCK_BYTES", 1)
+    cpu_routing.one_weight.cache_clear()
+    assert cpu_routing.block_rows(64) == 48
     try:
         weights = layer("dense", 3, 64, 96)
         x = torch.randn(500, 64).bfloat16()
@@ -195,13 +239,13 @@ def test_many_rows_of_one_weight_are_cut_into_blocks(monkeypatch):
             assert error(ours, theirs) < 1.5e-2
         assert error(ops.linear(x, weights[0]), reference.linear(x, weights[0])) < 4e-3
     finally:
-        cpu_panels.one_weight.cache_clear()
+        cpu_routing.one_weight.cache_clear()
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 1), (1, 16), (50, 16), (2000, 3)])
 def test_dispatch_equals_routing_by_torch(tokens, experts):
     logits = torch.randn(tokens, experts + 3).bfloat16()[:, :experts]  # rows that lie apart
-    score, order, groups = cpu_panels.dispatch(logits, True, 128)
+    score, order, groups = cpu_routing.dispatch(logits, True, 128)
     best, chosen = logits.max(dim=-1)
     assert torch.equal(score, reference.sigmoid(best).bfloat16())
     assert torch.equal(order, chosen.argsort(stable=True))
@@ -209,7 +253,7 @@ def test_dispatch_equals_routing_by_torch(tokens, experts):
     assert len(table) <= groups.most
     owner = torch.full((2 * tokens,), -1)
     for weight, first, rows in table.tolist():
-        assert 0 < rows <= cpu_panels.block_rows(128) and (owner[first : first + rows] == -1).all()
+        assert 0 < rows <= cpu_routing.block_rows(128) and (owner[first : first + rows] == -1).all()
         owner[first : first + rows] = weight
     assert torch.equal(owner[:tokens], chosen[order]) and (owner[tokens:] == experts).all()
 
@@ -218,9 +262,9 @@ def test_int8_rows_equal_the_reference():
     x = torch.randn(9, 256).bfloat16()
     x[3] = 0
     x[4, :128] = 1e-30
-    q = cpu_panels.quantize_rows((x[:5], x[5:]))
+    q = cpu_activations.quantize_rows((x[:5], x[5:]))
     values, scale = reference.quantize_int8_groups(x, 128)
-    order = torch.tensor(cpu_panels.INT8_ORDER)
+    order = torch.tensor(cpu_activations.INT8_ORDER)
     assert torch.equal(q.values.float(), values.unflatten(-1, (-1, 8))[..., order].flatten(1))
     assert torch.equal(q.scale, scale)
     assert torch.equal(q.base.float(), -8 * values.unflatten(-1, (-1, 128)).sum(-1))
@@ -230,7 +274,7 @@ def test_a_result_with_spread_rows_is_the_same():
     """Rows 4096 bytes apart would fall into one another's cache lines, so they are given room."""
     gate_up = pack([dense(2048, 64), dense(2048, 64)], True)
     x = torch.randn(20, 64).bfloat16()
-    bank, groups = cpu_panels.Bank.of([gate_up]), cpu_panels.one_weight(20, 64)
+    bank, groups = cpu_panels.Bank.of([gate_up]), cpu_routing.one_weight(20, 64)
     spread = cpu_panels.product((x,), bank, groups, spread=True)
     assert spread.stride(0) > 2048
     assert torch.equal(spread, cpu_panels.product((x,), bank, groups))

@@ -40,7 +40,7 @@ def test_checkpoint_dtype_is_the_default_and_bytes_are_counted(scout_tiny):
         assert model.kv_bytes_per_block(kind, 16) == 2 * layers * 16 * text.num_kv_heads * text.head_dim * 2
     kv = model.allocate_kv(5, 3, 16)
     assert kv.nbytes == 5 * model.kv_bytes_per_block("full", 16) + 3 * model.kv_bytes_per_block("chunked", 16)
-    assert {tensor.shape[0] for tensor in kv.k} == {5, 3}
+    assert {layer.k.shape[0] for layer in kv.layers} == {5, 3}
 
 
 def test_too_large_a_cache_is_a_device_error(scout):

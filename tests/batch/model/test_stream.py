@@ -146,7 +146,7 @@ def test_a_file_cut_short_is_an_error_and_no_crash(streamed, scout_tiny, tmp_pat
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="was changed while it was read|is truncated") as caught:
+        with pytest.raises(CheckpointError, match=r"was changed while it was read|is truncated") as caught:
             some_steps(model)
         assert str(largest) in caught.value.message and caught.value.hint
 

@@ -121,9 +121,9 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
         return embedded_workers(options.model, engine, options.workers)
     from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 
-    return EmbeddedBackend(
-        options.model, front.tokenizer, EmbeddedOptions(**engine, first_alone=True), eos_token_ids=()
-    )
+    # Alone in a step that reads all weights, a first line would cost as much as thousands.
+    with_defaults = EmbeddedOptions(**engine, first_alone=options.weights != "stream")
+    return EmbeddedBackend(options.model, front.tokenizer, with_defaults, eos_token_ids=())
 
 
 def _device(name: str) -> str:

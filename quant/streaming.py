@@ -46,7 +46,7 @@ class WeightBytes:
         """The most that is in memory at a time with `ahead` (0 or 1) parts loaded ahead, buffers included."""
         following = [*self.parts[1:], self.parts[0]] if ahead else [0] * len(self.parts)
         pairs = max(a + b for a, b in zip(self.parts, following, strict=True))
-        return pairs + AHEAD_BYTES + PACKING_BYTES + 2 * self.largest_read
+        return pairs + AHEAD_BYTES + PACKING_BYTES + self.largest_read
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,23 @@ def divide(
     tokens = max_batch_tokens or _between(max(seqs, 256), int(left * STEP_SHARE) // each_token, MAX_BATCH_TOKENS)
     seqs = min(seqs, tokens)
     step = _slice_bytes(text, min(tokens, SLICE_TOKENS), item_bytes) + tokens * each_token + seqs * each_seq
-    # The tower is there while a step is prepared, before its activations are.
-    kv = max(left - max(tokens * each_token + seqs * each_seq, weights.vision), 0) if kv_bytes is None else kv_bytes
+    kv = max(left - tokens * each_token - seqs * each_seq, 0) if kv_bytes is None else kv_bytes
     return Room(ahead, weights.moving(ahead), step, tokens, seqs, kv)
 
 
 def needed_bytes(text: TextArch, weights: WeightBytes, item_bytes: int) -> int:
     """Available memory below which `divide` gives None."""
-    fixed = weights.moving(0) + RESERVE_BYTES + _slice_bytes(text, SLICE_TOKENS, item_bytes)
-    return math.ceil((fixed + 1) / SHARE)
+    return math.ceil((_fixed_bytes(text, weights, item_bytes, ahead=0) + 1) / SHARE)
 
 
 def _left(text: TextArch, weights: WeightBytes, available_bytes: int, item_bytes: int, ahead: int) -> int:
-    """What weights, one slice's tensors and the reserve leave."""
-    fixed = weights.moving(ahead) + RESERVE_BYTES + _slice_bytes(text, SLICE_TOKENS, item_bytes)
-    return int(available_bytes * SHARE) - fixed
+    return int(available_bytes * SHARE) - _fixed_bytes(text, weights, item_bytes, ahead)
+
+
+def _fixed_bytes(text: TextArch, weights: WeightBytes, item_bytes: int, ahead: int) -> int:
+    """Weights, the reserve, and one slice's tensors or, before these are there, the vision tower."""
+    slice_bytes = _slice_bytes(text, SLICE_TOKENS, item_bytes)
+    return weights.moving(ahead) + RESERVE_BYTES + max(slice_bytes, weights.vision)
 
 
 def _slice_bytes(text: TextArch, tokens: int, item_bytes: int) -> int:

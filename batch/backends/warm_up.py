@@ -114,7 +114,7 @@ class TinyReader(Reader):
         return self._real.extent(self._real_name(name))
 
     def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
-        return self.read(name)
+        return self._real.from_bytes(self._real_name(name), raw)
 
     def release(self, name: str) -> None:
         pass

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -118,9 +118,9 @@ def encoder_of(model: Model, tiles_at_once: int | None = None) -> Encode:
     """
     if tiles_at_once is None:
         tiles_at_once = TILES_AT_ONCE if model.device.type == "cuda" else 1
-    if not isinstance(model.vision, VisionModel) or tiles_at_once == 1:
+    if model.vision is None or model.is_streamed or tiles_at_once == 1:
         return model.encode_images
-    return functools.partial(_encode_together, model.vision, tiles_at_once)
+    return functools.partial(_encode_together, cast("VisionModel", model.vision), tiles_at_once)
 
 
 @torch.inference_mode()

@@ -153,12 +153,13 @@ def test_memory_is_divided_without_a_rest(scout_tiny, maverick_tiny):
 
 BIG = """
 import json, sys
+from pathlib import Path
 from batch.backends.base import ListSource
 from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
 from batch.requests import PreparedRequest, SamplingParams
 from batch.tokenizer import Tokenizer
 
-folder, streamed, memory = sys.argv[1], sys.argv[2] == "stream", int(sys.argv[3]) or None
+folder, streamed, memory = Path(sys.argv[1]), sys.argv[2] == "stream", int(sys.argv[3]) or None
 options = EmbeddedOptions(stream_weights=streamed, memory_bytes=memory, max_batch_tokens=2048, max_seqs=64)
 backend = EmbeddedBackend(folder, Tokenizer.load(folder), options, eos_token_ids=())
 prompts = [[(31 * i + 7 * j) % 14000 + 3 for j in range(20 + i % 9)] for i in range(64)]

@@ -104,7 +104,7 @@ def test_at_most_two_parts_are_alive(streamed, scout_tiny, monkeypatch):
         parts._load = counted
         some_steps(model)
         model.close()
-        assert max(counts) == 1 + ahead
+        assert max(counts) <= 1 + ahead
         steps = model.arch.text.num_layers + 1
         started = order.index(0, 1 if order[0] != 0 else 0)  # parts loaded before the count began
         assert order[started : started + 3 * steps] == list(range(steps)) * 3
@@ -146,7 +146,7 @@ def test_a_file_cut_short_is_an_error_and_no_crash(streamed, scout_tiny, tmp_pat
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="was changed while it was read") as caught:
+        with pytest.raises(CheckpointError, match=r"was changed while it was read|is truncated") as caught:
             some_steps(model)
         assert str(largest) in caught.value.message and caught.value.hint
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
 import sys, pytest
-from batch.kernels import tiles
-tiles.has_avx512_bf16 = lambda: False  # it asks the host; the rest follows numba's target
+from batch.kernels import vector_ir
+vector_ir.has_avx512_bf16 = lambda: False  # it asks the host; the rest follows numba's target
 quant = [f"tests/quant/test_{name}.py" for name in ("kernels", "sweep", "dequantize")]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/batch/kernels", *quant]))
 """

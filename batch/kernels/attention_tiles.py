@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from batch.kernels.tiles import (
+from batch.kernels.vector_ir import (
     BF16X32,
     F32X16,
     FLOAT,
@@ -22,16 +22,16 @@ from batch.kernels.tiles import (
     I32X16,
     I64,
     VECTOR_BYTES,
-    _broadcast,
-    _call,
-    _constant,
-    _dot,
-    _fma,
-    _load,
-    _loop,
-    _shuffle,
-    _splat,
-    _store,
+    broadcast,
+    call_llvm,
+    constant,
+    dot,
+    fma,
+    load,
+    loop_over,
+    shuffle,
+    splat,
+    store,
 )
 
 KEYS = 128  # keys per softmax tile
@@ -43,19 +43,19 @@ _EXP2 = (0.009582853, 0.055906426, 0.24024099, 0.69312418, 1.0)
 
 
 def _rows(builder: Any, address: Any, row_bytes: Any, count: int) -> list[Any]:
-    return [builder.add(address, builder.mul(row_bytes, _constant(m))) for m in range(count)]
+    return [builder.add(address, builder.mul(row_bytes, constant(m))) for m in range(count)]
 
 
 def _pair(builder: Any, address: Any) -> Any:
     """The two bfloat16 at an address in every 32-bit lane."""
-    word = _load(builder, address, FLOAT)
-    return builder.bitcast(_broadcast(builder, word), I32X16)
+    word = load(builder, address, FLOAT)
+    return builder.bitcast(broadcast(builder, word), I32X16)
 
 
 def _ask_for(builder: Any, address: Any) -> None:
     """Ask for the cache line at any address, valid or not, into L2."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 2, 1)))
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 2, 1)))
 
 
 def _by_rows(builder: Any, rows: Any, emit: Callable[[int], None]) -> None:
@@ -65,7 +65,7 @@ def _by_rows(builder: Any, rows: Any, emit: Callable[[int], None]) -> None:
     switch = builder.switch(rows, cases[-1])
     for count, block in enumerate(cases, 1):
         if count < MAX_TILE_ROWS:
-            switch.add_case(_constant(count), block)
+            switch.add_case(constant(count), block)
         builder.position_at_end(block)
         emit(count)
         builder.branch(done)
@@ -77,12 +77,12 @@ def _multiply(builder: Any, old: list[Any], rows: list[Any], at: Any, right: lis
     new = []
     for m, row in enumerate(rows):
         left = _pair(builder, builder.add(row, at))
-        new += [_dot(builder, old[m * len(right) + n], left, vector) for n, vector in enumerate(right)]
+        new += [dot(builder, old[m * len(right) + n], left, vector) for n, vector in enumerate(right)]
     return new
 
 
 def _vectors(builder: Any, address: Any, count: int) -> list[Any]:
-    return [builder.add(address, _constant(VECTOR_BYTES * n)) for n in range(count)]
+    return [builder.add(address, constant(VECTOR_BYTES * n)) for n in range(count)]
 
 
 def score_tile(vectors: int) -> Any:
@@ -97,23 +97,23 @@ def score_tile(vectors: int) -> Any:
     def tile(typingctx: Any, rows: Any, q: Any, at: Any, pair_bytes: Any, size: Any, ahead: Any, out: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, q, at, pair_bytes, size, ahead, out = args
-            keys = [_load(builder, builder.add(at, _constant(8 * n)), I64) for n in range(vectors)]
+            keys = [load(builder, builder.add(at, constant(8 * n)), I64) for n in range(vectors)]
 
             def emit(count: int) -> None:
                 q_rows = _rows(builder, q, size, count)
-                initial = [_constant(0)] + [_splat(F32X16, 0.0)] * (count * vectors)
-                with _loop(builder, size, 4, initial) as loop:
+                initial = [constant(0)] + [splat(F32X16, 0.0)] * (count * vectors)
+                with loop_over(builder, size, 4, initial) as loop:
                     place, *old = loop.old
                     places = [builder.add(key, place) for key in keys]
-                    right = [_load(builder, address, I32X16) for address in places]
+                    right = [load(builder, address, I32X16) for address in places]
                     for address in places:
                         _ask_for(builder, builder.add(address, ahead))
                     new = _multiply(builder, old, q_rows, loop.offset, right)
                     loop.new = [builder.add(place, pair_bytes), *new]
-                targets = _rows(builder, out, _constant(4 * KEYS), count)
+                targets = _rows(builder, out, constant(4 * KEYS), count)
                 cells = [cell for target in targets for cell in _vectors(builder, target, vectors)]
                 for cell, value in zip(cells, loop.new[1:], strict=True):
-                    _store(builder, value, cell)
+                    store(builder, value, cell)
 
             _by_rows(builder, rows, emit)
             return context.get_dummy_value()
@@ -142,27 +142,27 @@ def value_tile(vectors: int) -> Any:
             out = builder.add(out, skip)
 
             def emit(count: int) -> None:
-                p_rows = _rows(builder, p, _constant(2 * KEYS), count)
+                p_rows = _rows(builder, p, constant(2 * KEYS), count)
                 cells = [c for row in _rows(builder, out, pair_bytes, count) for c in _vectors(builder, row, vectors)]
-                factors = [_load(builder, at, FLOAT) for at in _rows(builder, shrink, _constant(4), count)]
-                wide = [_broadcast(builder, factor) for factor in factors for _ in range(vectors)]
-                sums = [builder.fmul(_load(builder, c, F32X16), f) for c, f in zip(cells, wide, strict=True)]
-                with _loop(builder, builder.mul(runs, _constant(8)), 8, [_constant(0), *sums]) as run:
+                factors = [load(builder, at, FLOAT) for at in _rows(builder, shrink, constant(4), count)]
+                wide = [broadcast(builder, factor) for factor in factors for _ in range(vectors)]
+                sums = [builder.fmul(load(builder, c, F32X16), f) for c, f in zip(cells, wide, strict=True)]
+                with loop_over(builder, builder.mul(runs, constant(8)), 8, [constant(0), *sums]) as run:
                     done, *old = run.old
-                    begin = builder.add(_load(builder, builder.add(at, run.offset), I64), skip)
-                    further = _load(builder, builder.add(ahead, run.offset), I64)
-                    size = builder.mul(_load(builder, builder.add(pairs, run.offset), I64), _constant(4))
-                    with _loop(builder, size, 4, [begin, *old]) as loop:
+                    begin = builder.add(load(builder, builder.add(at, run.offset), I64), skip)
+                    further = load(builder, builder.add(ahead, run.offset), I64)
+                    size = builder.mul(load(builder, builder.add(pairs, run.offset), I64), constant(4))
+                    with loop_over(builder, size, 4, [begin, *old]) as loop:
                         place, *old = loop.old
                         places = _vectors(builder, place, vectors)
-                        right = [_load(builder, address, I32X16) for address in places]
+                        right = [load(builder, address, I32X16) for address in places]
                         for address in places:
                             _ask_for(builder, builder.add(address, further))
                         new = _multiply(builder, old, p_rows, builder.add(done, loop.offset), right)
                         loop.new = [builder.add(place, pair_bytes), *new]
                     run.new = [builder.add(done, size), *loop.new[1:]]
                 for cell, value in zip(cells, run.new[1:], strict=True):
-                    _store(builder, value, cell)
+                    store(builder, value, cell)
 
             _by_rows(builder, rows, emit)
             return context.get_dummy_value()
@@ -174,13 +174,13 @@ def value_tile(vectors: int) -> Any:
 
 def _exp2(builder: Any, x: Any) -> Any:
     """2^x of <16 x f32> x; 0 far below."""
-    whole = _call(builder, "llvm.rint.v16f32", F32X16, x)
+    whole = call_llvm(builder, "llvm.rint.v16f32", F32X16, x)
     rest = builder.fsub(x, whole)
-    poly = _splat(F32X16, _EXP2[0])
+    poly = splat(F32X16, _EXP2[0])
     for coefficient in _EXP2[1:]:
-        poly = _fma(builder, poly, rest, _splat(F32X16, coefficient))
+        poly = fma(builder, poly, rest, splat(F32X16, coefficient))
     mask, rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(I32, 4)
-    return _call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, poly, whole, poly, mask, rounding)
+    return call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, poly, whole, poly, mask, rounding)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
@@ -190,7 +190,7 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
 def _largest_lane(builder: Any, x: Any) -> Any:
     """The largest of 16 lanes, in all of them."""
     for step in (8, 4, 2, 1):
-        x = _larger(builder, x, _shuffle(builder, x, x, [lane ^ step for lane in range(LANES)]))
+        x = _larger(builder, x, shuffle(builder, x, x, [lane ^ step for lane in range(LANES)]))
     return x
 
 
@@ -202,7 +202,7 @@ def _tree(builder: Any, combine: Any, values: list[Any]) -> Any:
 
 def _store_weights(builder: Any, low: Any, high: Any, address: Any) -> None:
     """32 weights, rounded to bfloat16, in order."""
-    _store(builder, _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low), address)
+    store(builder, call_llvm(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low), address)
 
 
 class _State:
@@ -210,8 +210,8 @@ class _State:
 
     def __init__(self, builder: Any, best: Any, sums: Any, shrink: Any, factor: Any) -> None:
         self.builder, self.best, self.sums, self.shrink = builder, best, sums, shrink
-        self.factor = _broadcast(builder, factor)
-        self.old = _broadcast(builder, _load(builder, best, FLOAT))
+        self.factor = broadcast(builder, factor)
+        self.old = broadcast(builder, load(builder, best, FLOAT))
 
     def begin(self, largest: Any) -> Any:
         """Takes the tile's scores' lane-wise maxima; returns what to subtract from each score · factor."""
@@ -219,12 +219,12 @@ class _State:
         high = _larger(builder, _largest_lane(builder, largest), self.old)
         self.scale = _exp2(builder, builder.fmul(builder.fsub(self.old, high), self.factor))
         for address, vector in ((self.best, high), (self.shrink, self.scale)):
-            _store(builder, builder.extract_element(vector, ir.Constant(I32, 0)), address)
-        return builder.fsub(_splat(F32X16, -0.0), builder.fmul(high, self.factor))
+            store(builder, builder.extract_element(vector, ir.Constant(I32, 0)), address)
+        return builder.fsub(splat(F32X16, -0.0), builder.fmul(high, self.factor))
 
     def end(self, added: Any) -> None:
-        total = _fma(self.builder, _load(self.builder, self.sums, F32X16), self.scale, added)
-        _store(self.builder, total, self.sums)
+        total = fma(self.builder, load(self.builder, self.sums, F32X16), self.scale, added)
+        store(self.builder, total, self.sums)
 
 
 def softmax_full() -> Any:
@@ -240,11 +240,11 @@ def softmax_full() -> Any:
             scores, weights, *state_args = args
             state = _State(builder, *state_args)
             places = range(0, 4 * KEYS, VECTOR_BYTES)
-            values = [_load(builder, builder.add(scores, _constant(at)), F32X16) for at in places]
+            values = [load(builder, builder.add(scores, constant(at)), F32X16) for at in places]
             minus = state.begin(_tree(builder, _larger, values))
-            values = [_exp2(builder, _fma(builder, value, state.factor, minus)) for value in values]
+            values = [_exp2(builder, fma(builder, value, state.factor, minus)) for value in values]
             for i in range(0, len(values), 2):
-                address = builder.add(weights, _constant(VECTOR_BYTES // 2 * i))
+                address = builder.add(weights, constant(VECTOR_BYTES // 2 * i))
                 _store_weights(builder, values[i], values[i + 1], address)
             state.end(_tree(builder, lambda b, x, y: b.fadd(x, y), values))
             return context.get_dummy_value()
@@ -267,28 +267,28 @@ def softmax_part() -> Any:
             scores, weights, *state_args, visible, size = args
             state = _State(builder, *state_args)
             limit = builder.trunc(visible, I32)
-            lowest, zero = _splat(F32X16, LOWEST), _splat(F32X16, 0.0)
+            lowest, zero = splat(F32X16, LOWEST), splat(F32X16, 0.0)
 
             def masked(offset: Any, half: int) -> tuple[Any, Any]:
-                first = builder.trunc(builder.lshr(offset, _constant(2)), I32)
+                first = builder.trunc(builder.lshr(offset, constant(2)), I32)
                 lanes = ir.Constant(I32X16, [ir.Constant(I32, half * LANES + lane) for lane in range(LANES)])
                 mask = builder.icmp_signed("<", lanes, _lanes(builder, builder.sub(limit, first)))
-                address = builder.add(scores, builder.add(offset, _constant(half * VECTOR_BYTES)))
-                return _load(builder, address, F32X16), mask
+                address = builder.add(scores, builder.add(offset, constant(half * VECTOR_BYTES)))
+                return load(builder, address, F32X16), mask
 
-            with _loop(builder, size, 2 * VECTOR_BYTES, [lowest, lowest]) as loop:
+            with loop_over(builder, size, 2 * VECTOR_BYTES, [lowest, lowest]) as loop:
                 loop.new = []
                 for half in (0, 1):
                     value, mask = masked(loop.offset, half)
                     loop.new.append(_larger(builder, builder.select(mask, value, lowest), loop.old[half]))
             minus = state.begin(_larger(builder, loop.new[0], loop.new[1]))
-            with _loop(builder, size, 2 * VECTOR_BYTES, [zero]) as loop:
+            with loop_over(builder, size, 2 * VECTOR_BYTES, [zero]) as loop:
                 pair = []
                 for half in (0, 1):
                     value, mask = masked(loop.offset, half)
-                    weight = _exp2(builder, _fma(builder, value, state.factor, minus))
+                    weight = _exp2(builder, fma(builder, value, state.factor, minus))
                     pair.append(builder.select(mask, weight, zero))
-                address = builder.add(weights, builder.lshr(loop.offset, _constant(1)))
+                address = builder.add(weights, builder.lshr(loop.offset, constant(1)))
                 _store_weights(builder, pair[0], pair[1], address)
                 loop.new = [builder.fadd(loop.old[0], builder.fadd(pair[0], pair[1]))]
             state.end(loop.new[0])
@@ -302,4 +302,4 @@ def softmax_part() -> Any:
 def _lanes(builder: Any, word: Any) -> Any:
     undefined = ir.Constant(I32X16, ir.Undefined)
     first = builder.insert_element(undefined, word, ir.Constant(I32, 0))
-    return _shuffle(builder, first, undefined, [0] * LANES)
+    return shuffle(builder, first, undefined, [0] * LANES)

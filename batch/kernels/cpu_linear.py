@@ -14,7 +14,8 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.simd import elements_at, jit, narrow, silu_f32, size_of, take_item, widen
-from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, dot_tile
+from batch.kernels.tiles import TILE_COLUMNS, TILE_ROWS, dot_tile
+from batch.kernels.vector_ir import VECTOR_BYTES
 
 BLOCK_ROWS, BLOCK_COLUMNS = 96, 64  # rows of x kept in L2 while one work item's columns are walked
 

@@ -24,7 +24,7 @@ from batch.kernels.attention_tiles import (
 )
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.simd import bits_to_float, elements_at, jit, narrow, take_item
-from batch.kernels.tiles import VECTOR_BYTES, has_avx512_bf16
+from batch.kernels.vector_ir import VECTOR_BYTES, has_avx512_bf16
 
 MAX_ROWS = 60  # (queries · G) per work item
 PAIR_BYTES = 4

@@ -43,9 +43,9 @@ def packer(device: torch.device, dtype: torch.dtype) -> Any:
     """panels.py where weights for activations of `dtype` on `device` are to be packed in panels, else None."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    from batch.kernels import panels, tiles
+    from batch.kernels import panels, vector_ir
 
-    return panels if tiles.has_avx512_bf16() else None
+    return panels if vector_ir.has_avx512_bf16() else None
 
 
 def _kernels(x: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from batch.kernels.tiles import I32, I32X16, VECTOR_BYTES, _constant, _load, _shuffle, _splat
+from batch.kernels.vector_ir import I32, I32X16, VECTOR_BYTES, constant, load, shuffle, splat
 
 SIDE = 16  # words
 _I16X16 = ir.VectorType(ir.IntType(16), SIDE)
@@ -30,8 +30,8 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
         new = list(rows)
         for i in range(SIDE):
             if not i & step:
-                new[i] = _shuffle(builder, rows[i], rows[i + step], upper)
-                new[i + step] = _shuffle(builder, rows[i], rows[i + step], lower)
+                new[i] = shuffle(builder, rows[i], rows[i + step], upper)
+                new[i + step] = shuffle(builder, rows[i], rows[i + step], lower)
         rows = new
     return rows
 
@@ -40,11 +40,11 @@ def _reorder_nibbles(builder: Any, words: Any) -> Any:
     """Nibble 2i + h of each word goes to 4h + i."""
     halves = []
     for shift in (0, 4):
-        part = builder.and_(builder.lshr(words, _splat(I32X16, shift)), _splat(I32X16, 0x0F0F0F0F))
+        part = builder.and_(builder.lshr(words, splat(I32X16, shift)), splat(I32X16, 0x0F0F0F0F))
         for bits, mask in ((4, 0x00FF00FF), (8, 0x0000FFFF)):
-            part = builder.and_(builder.or_(part, builder.lshr(part, _splat(I32X16, bits))), _splat(I32X16, mask))
+            part = builder.and_(builder.or_(part, builder.lshr(part, splat(I32X16, bits))), splat(I32X16, mask))
         halves.append(part)
-    return builder.or_(halves[0], builder.shl(halves[1], _splat(I32X16, 16)))
+    return builder.or_(halves[0], builder.shl(halves[1], splat(I32X16, 16)))
 
 
 def turn_tile(int4: bool) -> Any:
@@ -58,12 +58,11 @@ def turn_tile(int4: bool) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, source_bytes, target, target_bytes = args
             rows = [
-                _load(builder, builder.add(source, builder.mul(source_bytes, _constant(i))), I32X16)
-                for i in range(SIDE)
+                load(builder, builder.add(source, builder.mul(source_bytes, constant(i))), I32X16) for i in range(SIDE)
             ]
             for i, line in enumerate(_transpose(builder, rows)):
                 value = _reorder_nibbles(builder, line) if int4 else line
-                _store_line(builder, value, builder.add(target, builder.mul(target_bytes, _constant(i))))
+                _store_line(builder, value, builder.add(target, builder.mul(target_bytes, constant(i))))
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 4), codegen
@@ -77,8 +76,8 @@ def pair_tile(typingctx: Any, low: Any, high: Any, target: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         low, high, target = args
-        left, right = (builder.zext(_load(builder, address, _I16X16), I32X16) for address in (low, high))
-        _store_line(builder, builder.or_(left, builder.shl(right, _splat(I32X16, 16))), target)
+        left, right = (builder.zext(load(builder, address, _I16X16), I32X16) for address in (low, high))
+        _store_line(builder, builder.or_(left, builder.shl(right, splat(I32X16, 16))), target)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), codegen

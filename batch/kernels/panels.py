@@ -20,7 +20,7 @@ from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelFp8Linear, Pane
 from batch.kernels.pack_tiles import SIDE, pair_tile, turn_tile
 from batch.kernels.panel_tiles import LINE_BYTES
 from batch.kernels.simd import elements_at, jit, take_item
-from batch.kernels.tiles import has_avx512_vnni
+from batch.kernels.vector_ir import has_avx512_vnni
 
 MIN_K = 32  # bfloat16 k in whole cache lines
 PAIRS_PER_ITEM = 4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from batch.kernels import cpu, cpu_attention, cpu_fused, cpu_packed_attention, ops, reference
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.sharing import Piece, group_pieces
-from batch.kernels.tiles import has_avx512_bf16
+from batch.kernels.vector_ir import has_avx512_bf16
 
 needs_bf16 = pytest.mark.skipif(not has_avx512_bf16(), reason="packed caches are for CPUs with AVX512-BF16")
 HEADS = [(4, 4, 64, 16), (16, 4, 64, 32), (10, 2, 32, 16), (40, 8, 128, 32), (8, 1, 96, 16), (64, 1, 32, 16)]

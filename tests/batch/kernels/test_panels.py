@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batch.kernels import ops, reference, tiles
+from batch.kernels import ops, reference, vector_ir
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear
 
-if not tiles.has_avx512_bf16():
+if not vector_ir.has_avx512_bf16():
     pytest.skip("this CPU has no AVX512-BF16: weights are not packed in panels", allow_module_level=True)
 
 from batch.kernels import cpu, cpu_activations, cpu_panels, cpu_routing, panels

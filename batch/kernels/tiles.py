@@ -20,6 +20,7 @@ from batch.kernels.vector_ir import (
     constant,
     dot,
     fma,
+    halves,
     load,
     loop_over,
     prefetch,

@@ -45,8 +45,8 @@ class Detokenizer(Protocol):
 class EmbeddedOptions:
     """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
     cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
-    `stream_weights`: layers are read from disk while it runs, in a process that takes `memory_bytes` at most.
-    `first_alone`: see `Scheduler`."""
+    `first_alone`: see `Scheduler`. `stream_weights`: layers are read from disk while it runs, in a process that takes
+    `memory_bytes` at most."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -57,9 +57,9 @@ class EmbeddedOptions:
     max_seqs: int | None = None
     block_size: int | None = None
     memory_share: int = 1
+    first_alone: bool = False
     stream_weights: bool = False
     memory_bytes: int | None = None
-    first_alone: bool = False
 
 
 @dataclass(eq=False)

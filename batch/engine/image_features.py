@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from batch.model.vision import VisionModel
 from batch.requests import ImageTiles
 
 if TYPE_CHECKING:
     from batch.model.model import Model
-    from batch.model.vision import VisionModel
 
 Encode = Callable[[list[ImageTiles]], list[torch.Tensor]]
 TILES_AT_ONCE = 32  # on CUDA: about 20,000 rows

@@ -37,11 +37,11 @@ class EngineStats:
     build_s: float = 0.0
     model_s: float = 0.0
     sample_s: float = 0.0
-    weights_read_bytes: int = 0
-    weights_wait_s: float = 0.0
     run_s: float = 0.0
     input_wait_s: float = 0.0
     output_wait_s: float = 0.0
+    weights_read_bytes: int = 0
+    weights_wait_s: float = 0.0
 
     @property
     def prefix_cache_hit_rate(self) -> float:

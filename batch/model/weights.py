@@ -295,10 +295,13 @@ def _walk(weights: Any) -> Iterator[Any]:
 
 
 def nbytes_of(weights: Any) -> int:
-    """Bytes of all weights in a tree as they are stored in memory, without what pads a router's only panel."""
-    padding = sum(_padding(weight) for weight in _walk(weights) if isinstance(weight, PanelLinear))
-    return sum(tensor.nbytes for tensor in tensors_of(weights)) - padding
+    """Bytes of all weights in a tree as they are stored in memory, without what panels add to those of the file: what
+    fills up a router's only panel, and FP8 scales as float32."""
+    added = sum(_added(node) for node in _walk(weights))
+    return sum(tensor.nbytes for tensor in tensors_of(weights)) - added
 
 
-def _padding(weight: PanelLinear) -> int:
-    return weight.words.nbytes - 2 * weight.out_features * weight.in_features
+def _added(weight: Any) -> int:
+    if isinstance(weight, PanelLinear):
+        return weight.words.nbytes - 2 * weight.out_features * weight.in_features
+    return weight.scale.nbytes // 2 if isinstance(weight, PanelFp8Linear) else 0

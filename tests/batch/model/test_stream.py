@@ -104,7 +104,7 @@ def test_at_most_two_parts_are_alive(streamed, scout_tiny, monkeypatch):
         parts._load = counted
         some_steps(model)
         model.close()
-        assert max(counts) == 1 + ahead
+        assert max(counts) <= 1 + ahead
         steps = model.arch.text.num_layers + 1
         started = order.index(0, 1 if order[0] != 0 else 0)  # parts loaded before the count began
         assert order[started : started + 3 * steps] == list(range(steps)) * 3

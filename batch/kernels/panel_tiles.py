@@ -38,7 +38,7 @@ from batch.kernels.vector_ir import (
 MAX_ROWS = 12  # 24 sums, 2 weights and a broadcast in 32 registers
 LINE_BYTES = 2 * VECTOR_BYTES  # one k-pair of a bfloat16 panel, eight k of an INT4 panel
 INT8_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of k in a word of an INT4 panel: low nibbles of its bytes, then high ones
-AHEAD_BYTES = 2048  # prefetch distance in the stream of weights
+AHEAD_BYTES = 4096  # prefetch distance in the stream of weights
 I16X16 = ir.VectorType(ir.IntType(16), 16)
 
 

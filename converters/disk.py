@@ -6,8 +6,6 @@ under a map kills the process. Here both are ordinary errors.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,11 +17,11 @@ import torch
 
 from converters.reader import Extent
 from l4tool.core.errors import CheckpointError, InputMissing
+from l4tool.core.pages import fresh_pages
 
 PIECE_BYTES = 8 << 20  # of one read
 THREADS = 4  # reads at a time: a queue of one leaves most disks waiting
 SECTOR_BYTES = 4096  # what reads past the page cache must be multiples of
-HUGE_PAGE = 2 << 20
 ROWS_AT_ONCE = 64  # single rows that one thread reads before it looks for more
 
 
@@ -78,7 +76,7 @@ class WeightFiles:
         file = self._unchanged(extent.file)
         first = extent.start // SECTOR_BYTES * SECTOR_BYTES
         last = -(-extent.stop // SECTOR_BYTES) * SECTOR_BYTES
-        memory = _memory(last - first)
+        memory = fresh_pages(last - first)
         pieces = [
             self._pool.submit(self._read, extent, file, memory[at - first : min(at + PIECE_BYTES, last) - first], at)
             for at in range(first, last, PIECE_BYTES)
@@ -154,7 +152,7 @@ def _open_direct(path: Path) -> int | None:
     except OSError:
         return None
     try:
-        os.preadv(fd, [_memory(SECTOR_BYTES)], 0)
+        os.preadv(fd, [fresh_pages(SECTOR_BYTES)], 0)
     except OSError:
         os.close(fd)
         return None
@@ -164,20 +162,6 @@ def _open_direct(path: Path) -> int | None:
 def _identity(fd: int) -> tuple[int, int]:
     found = os.fstat(fd)
     return found.st_size, found.st_mtime_ns
-
-
-def _memory(num_bytes: int) -> memoryview:
-    """Private memory of its own mapping, given back as soon as nobody holds a part of it; in huge pages where the
-    system has them, since every small one is a page fault. Mappings of whole huge pages begin at one."""
-    length = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE if num_bytes >= HUGE_PAGE else max(num_bytes, 1)
-    try:
-        pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no {num_bytes} bytes for weights: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= HUGE_PAGE:
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE, 0, num_bytes // HUGE_PAGE * HUGE_PAGE)
-    return memoryview(pages)[:num_bytes]
 
 
 def _fill(extent: Extent, fd: int, target: memoryview, at: int, needed: int) -> None:

@@ -12,11 +12,15 @@ import torch
 
 from batch.kernels import parallel
 from batch.kernels.paging import LayerCache
+from batch.kernels.row_tiles import add_norm_row, scale_row, turn_head
 from batch.kernels.simd import bits_to_float, elements_at, jit, narrow, silu_f32, take_item, widen
 
+WHOLE = 32  # bfloat16 in a vector: rows of so many, or a multiple, go through row_tiles
 TOKENS = 32  # per work item: a small step is not worth waking other threads
-_I64 = np.int64(0)
-_F32 = np.float32(0)
+_I64, _I32, _U16, _F32 = np.int64(0), np.int32(0), np.uint16(0), np.float32(0)
+
+_norm_row_0, _norm_row_1, _norm_row_2 = add_norm_row(0), add_norm_row(1), add_norm_row(2)
+_turn_plain, _turn_normed = turn_head(False), turn_head(True)
 
 
 @jit
@@ -61,6 +65,26 @@ def _add_rms_norm(job: Any, like: Any) -> None:
             factor = np.float32(1.0) / np.sqrt(_sum_squares(wide, size) / np.float32(size) + eps)
             for i in range(size):
                 out[at + i] = narrow(widen(narrow(wide[i] * factor, like)) * widen(weight[i]), like)
+
+
+@parallel.Kernel
+def _add_rms_norm_rows(job: Any) -> None:
+    """`_add_rms_norm` for bfloat16 rows of whole vectors."""
+    args = elements_at(job, _I64)
+    items, tokens, row_bytes, eps = args[1], args[2], 2 * args[3], bits_to_float(np.int32(args[4]))
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            at = token * row_bytes
+            x, out = args[5] + at, args[7] + at
+            if args[9] != 0:
+                _norm_row_2(x, args[8] + at, args[9] + at, args[6], out, args[3], eps)
+            elif args[8] != 0:
+                _norm_row_1(x, args[8] + at, 0, args[6], out, args[3], eps)
+            else:
+                _norm_row_0(x, 0, 0, args[6], out, args[3], eps)
 
 
 @jit
@@ -158,6 +182,44 @@ def _store_qkv(job: Any, like: Any) -> None:
             _store_values(qkv, at, values, slot, kv_heads, block_size, dim, packed)
 
 
+@parallel.Kernel
+def _store_qkv_rows(job: Any) -> None:
+    """`_store_qkv` for bfloat16 heads of whole vectors."""
+    args = elements_at(job, _I64)
+    items, tokens, heads, kv_heads, dim = args[1], args[2], args[3], args[4], args[5]
+    slots, q_scale, eps = elements_at(args[10], _I64), elements_at(args[14], _F32), bits_to_float(np.int32(args[13]))
+    block_size, packed, head_bytes = args[15], args[16] != 0, 2 * dim
+    scratch, turned = np.empty(dim, np.float32), np.empty(dim, np.uint16)
+    at_scratch, words = scratch.ctypes.data, elements_at(turned.ctypes.data, _I32)
+    while True:
+        item = take_item(job)
+        if item >= items:
+            return
+        for token in range(item * TOKENS, min(item * TOKENS + TOKENS, tokens)):
+            source, slot = args[6] + token * (heads + 2 * kv_heads) * head_bytes, slots[token]
+            cos, sin = args[11] + token * dim * 2, args[12] + token * dim * 2
+            for h in range(heads + kv_heads):
+                at, out = source + h * head_bytes, args[7] + (token * heads + h) * head_bytes
+                if h >= heads:
+                    plain = args[8] + (slot * kv_heads + h - heads) * head_bytes
+                    out = turned.ctypes.data if packed else plain
+                if args[11] == 0:
+                    factor = q_scale[token] if args[14] != 0 and h < heads else np.float32(1.0)
+                    scale_row(at, factor, out, dim)
+                elif eps >= np.float32(0.0):
+                    _turn_normed(at, cos, sin, at_scratch, out, dim, eps)
+                else:
+                    _turn_plain(at, cos, sin, at_scratch, out, dim, eps)
+                if h >= heads and packed:
+                    first = _packed_head(slot, h - heads, kv_heads, block_size, dim) // 2 + slot % block_size
+                    keys = elements_at(args[8], _I32)
+                    for i in range(dim // 2):
+                        keys[first + block_size * i] = words[i]
+            qkv, values = elements_at(args[6], _U16), elements_at(args[9], _U16)
+            at = (token * (heads + 2 * kv_heads) + heads + kv_heads) * dim
+            _store_values(qkv, at, values, slot, kv_heads, block_size, dim, packed)
+
+
 @jit
 def _gather_scaled(job: Any, like: Any) -> None:
     args = elements_at(job, _I64)
@@ -237,9 +299,10 @@ def add_rms_norm(
     out = torch.empty_like(residual)
     first = deltas[0] if deltas else 0
     second = deltas[1] if len(deltas) > 1 else 0
+    rows = residual.dtype == torch.bfloat16 and size % WHOLE == 0
+    kernel = _add_rms_norm_rows if rows else _ADD_RMS_NORM[residual.dtype]
     parallel.run(
-        _ADD_RMS_NORM[residual.dtype], _items(tokens), tokens, size, parallel.float_bits(eps), residual, weight, out,
-        first, second,
+        kernel, _items(tokens), tokens, size, parallel.float_bits(eps), residual, weight, out, first, second,
     )  # fmt: skip
     return out
 
@@ -266,8 +329,9 @@ def store_qkv(
     tokens, kv_heads, dim = qkv.shape[0], cache.num_kv_heads, cache.head_dim
     q = qkv.new_empty((tokens, num_heads, dim))
     cos, sin = (0, 0) if rotation is None else rotation
+    kernel = _store_qkv_rows if qkv.dtype == torch.bfloat16 and dim % WHOLE == 0 else _STORE_QKV[qkv.dtype]
     parallel.run(
-        _STORE_QKV[qkv.dtype], _items(tokens), tokens, num_heads, kv_heads, dim, qkv, q, cache.k, cache.v, slots,
+        kernel, _items(tokens), tokens, num_heads, kv_heads, dim, qkv, q, cache.k, cache.v, slots,
         cos, sin, parallel.float_bits(-1.0 if norm_eps is None else norm_eps), 0 if q_scale is None else q_scale,
         cache.block_size, int(cache.packed),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from batch.kernels.cpu_routing import Groups
 from batch.kernels.linears import HALF, PANEL, PANEL_GROUP, PanelFp8Linear, PanelLinear, Panels
 from batch.kernels.panel_runners import BF16, FP8, INT4, INT8, runner
 from batch.kernels.panel_tiles import (
+    AHEAD_BYTES,
     LINE_BYTES,
     MAX_ROWS,
     call_tile,
@@ -56,10 +57,9 @@ def _product(job: Any) -> None:
     expanded = args[27] + take_item(job + 8 * 28) * (size // 2) * LINE_BYTES
     sums, outs = np.empty(MAX_ROWS * PANEL, np.float32), np.empty(MAX_ROWS, np.int64)
     at_sums, at_outs, items = sums.ctypes.data, outs.ctypes.data, table[0] * per_group
-    while True:
-        item = take_item(job)
-        if item >= items:
-            return
+    following = take_item(job)
+    while following < items:
+        item, following = following, take_item(job)
         entry, first = 1 + 3 * (item // per_group), item % per_group * per_item
         group, begin, rows = table[entry], table[entry + 1], table[entry + 2]
         w, scale = addresses[2 * group] + first * panel_bytes, addresses[2 * group + 1] + first * scale_bytes
@@ -67,9 +67,14 @@ def _product(job: Any) -> None:
         if begin >= tail_row:
             source, row_bytes = tail + (begin - tail_row) * tail_bytes, tail_bytes
         tiles, count, target = (rows + MAX_ROWS - 1) // MAX_ROWS, min(per_item, panels - first), out + first * width
+        next_w = w + count * panel_bytes
+        if following < items:
+            next_group, next_first = table[1 + 3 * (following // per_group)], following % per_group * per_item
+            next_w = addresses[2 * next_group] + next_first * panel_bytes
         if kind == FP8 or (kind == INT4 and rows > EXPAND_ROWS):
             for p in range(count):
                 panel, factors = w + p * panel_bytes, scale + p * scale_bytes
+                ahead = panel + panel_bytes if p + 1 < count else next_w
                 if kind == FP8:
                     expand_fp8(panel, size // 4, expanded)
                 else:
@@ -79,19 +84,25 @@ def _product(job: Any) -> None:
                     low, high = rows * tile // tiles, rows * (tile + 1) // tiles
                     _place_rows(outs, target + p * width, out_bytes, order, ordered, begin + low, begin + high)
                     at, row_scale = source + low * row_bytes, x_scale + (begin + low) * x_scale_bytes
+                    part = panel_bytes // tiles // 64 * 64  # of the next panel, which this tile asks for
                     call_tile(
                         run_dense, high - low, at, row_bytes, row_scale, 0, expanded, factors, size, at_sums, at_outs,
-                        gated,
+                        gated, ahead + tile * part, part // (size // 2),
                     )  # fmt: skip
             continue
         for tile in range(tiles):
             low, high = rows * tile // tiles, rows * (tile + 1) // tiles
             _place_rows(outs, target, out_bytes, order, ordered, begin + low, begin + high)
             at, taken, at_scale = source + low * row_bytes, high - low, (begin + low) * x_scale_bytes
+            # The first tile asks for its own panels a little ahead, the others for a part of the next item's.
+            part = panel_bytes // max(tiles - 1, 1) // 64 * 64
             for p in range(count):
+                ahead, ahead_bytes = w + p * panel_bytes + AHEAD_BYTES, LINE_BYTES
+                if tile > 0:
+                    ahead, ahead_bytes = next_w + p * panel_bytes + (tile - 1) * part, part // (size // 2)
                 call_tile(
                     run, taken, at, row_bytes, x_scale + at_scale, x_base + at_scale, w + p * panel_bytes,
-                    scale + p * scale_bytes, size, at_sums, at_outs, gated,
+                    scale + p * scale_bytes, size, at_sums, at_outs, gated, ahead, ahead_bytes,
                 )  # fmt: skip
                 for m in range(taken):
                     outs[m] += width

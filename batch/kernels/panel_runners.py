@@ -22,45 +22,45 @@ _int8_7, _int8_8, _int8_9, _int8_10, _int8_11, _int8_12 = (int8_tile(rows) for r
 
 def _tile_runner(function: Any) -> parallel.Kernel:
     """Compiled on its own, when a weight of its kind is met first: together they take seconds."""
-    return parallel.Kernel(function, arguments=11)
+    return parallel.Kernel(function, arguments=13)
 
 
 @_tile_runner
 def _run_dense(
     rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
-    gated: Any,
+    gated: Any, ahead: Any, ahead_bytes: Any,
 ) -> None:  # fmt: skip
     """One tile of 1 to 12 rows: `panel_tiles.dense_tile`."""
     if rows == 12:
-        _dense_12(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_12(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 11:
-        _dense_11(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_11(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 10:
-        _dense_10(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_10(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 9:
-        _dense_9(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_9(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 8:
-        _dense_8(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_8(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 7:
-        _dense_7(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_7(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 6:
-        _dense_6(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_6(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 5:
-        _dense_5(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_5(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 4:
-        _dense_4(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_4(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 3:
-        _dense_3(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_3(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     elif rows == 2:
-        _dense_2(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_2(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
     else:
-        _dense_1(x, x_bytes, x_scale, w, scale, size // 2, outs, gated)
+        _dense_1(x, x_bytes, x_scale, w, scale, size // 2, outs, gated, ahead, ahead_bytes)
 
 
 @_tile_runner
 def _run_int4(
     rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
-    gated: Any,
+    gated: Any, ahead: Any, ahead_bytes: Any,
 ) -> None:  # fmt: skip
     """One tile of 1 to 12 rows: `panel_tiles.int4_tile`."""
     if rows == 12:
@@ -92,7 +92,7 @@ def _run_int4(
 @_tile_runner
 def _run_int8(
     rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any, size: Any, sums: Any, outs: Any,
-    gated: Any,
+    gated: Any, ahead: Any, ahead_bytes: Any,
 ) -> None:  # fmt: skip
     """One tile of 1 to 12 rows: `panel_tiles.int8_tile`."""
     if rows == 12:

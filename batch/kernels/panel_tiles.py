@@ -30,6 +30,7 @@ from batch.kernels.vector_ir import (
     load,
     loop_over,
     prefetch,
+    rounded,
     shuffle,
     splat,
     store,
@@ -51,14 +52,6 @@ def _splat_word(builder: Any, address: Any) -> Any:
 
 def _float(value: float) -> Any:
     return splat(F32X16, value)
-
-
-def _rounded(builder: Any, x: Any) -> Any:
-    """float32 lanes rounded to the nearest even bfloat16, as float32."""
-    bits = builder.bitcast(x, I32X16)
-    odd = builder.and_(builder.lshr(bits, splat(I32X16, 16)), splat(I32X16, 1))
-    bits = builder.add(builder.add(bits, splat(I32X16, 0x7FFF)), odd)
-    return builder.bitcast(builder.and_(bits, splat(I32X16, 0xFFFF0000)), F32X16)
 
 
 def _bf16(builder: Any, rounded: Any) -> Any:
@@ -103,12 +96,12 @@ def _store_tile(builder: Any, sums: list[Any], outs: Any, gated: Any) -> None:
     They go there as 32 bfloat16; or, gated, as 16 of silu(first) · second, rounded where the reference rounds.
     """
     rows = [load(builder, builder.add(outs, constant(8 * m)), I64) for m in range(len(sums) // 2)]
-    sums = [_rounded(builder, value) for value in sums]
+    sums = [rounded(builder, value) for value in sums]
     with builder.if_else(builder.icmp_signed("!=", gated, constant(0))) as (then, otherwise):
         with then:
             for address, left, right in zip(rows, sums[::2], sums[1::2], strict=True):
-                product = builder.fmul(_rounded(builder, _silu(builder, left)), right)
-                store(builder, _bf16(builder, _rounded(builder, product)), address)
+                product = builder.fmul(rounded(builder, _silu(builder, left)), right)
+                store(builder, _bf16(builder, rounded(builder, product)), address)
         with otherwise:
             for address, left, right in zip(rows, sums[::2], sums[1::2], strict=True):
                 store(builder, _bf16(builder, left), address)
@@ -120,25 +113,29 @@ def _row_starts(builder: Any, x: Any, x_bytes: Any, rows: int) -> list[Any]:
 
 
 def dense_tile(rows: int) -> Any:
-    """An intrinsic tile(x, x_bytes, x_scale, w, scale, pairs, outs, gated): `rows` rows of x · one panel.
+    """An intrinsic tile(x, x_bytes, x_scale, w, scale, pairs, outs, gated, ahead, ahead_bytes): `rows` rows of x · a
+    panel.
 
     x: bfloat16 rows x_bytes apart; w: the panel, `pairs` = K / 2 lines of 128 bytes; x_scale, scale: float32 factors
     of the result's rows and 32 columns; outs: address of the int64
-    addresses that the rows go to, 32 bfloat16 each; or, with gated ≠ 0, 16 of silu(gate) · up.
+    addresses that the rows go to, 32 bfloat16 each; or, with gated ≠ 0, 16 of silu(gate) · up. For each line of the
+    panel, `ahead_bytes` from address `ahead` on are asked for.
     """
 
     @intrinsic
     def tile(
-        typingctx: Any, x: Any, x_bytes: Any, x_scale: Any, w: Any, scale: Any, pairs: Any, outs: Any, gated: Any
-    ) -> Any:
+        typingctx: Any, x: Any, x_bytes: Any, x_scale: Any, w: Any, scale: Any, pairs: Any, outs: Any, gated: Any,
+        ahead: Any, ahead_bytes: Any,
+    ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_bytes, x_scale, w, scale, pairs, outs, gated = args
+            x, x_bytes, x_scale, w, scale, pairs, outs, gated, ahead, ahead_bytes = args
             starts = _row_starts(builder, x, x_bytes, rows)
             with loop_over(builder, builder.mul(pairs, constant(4)), 4, [_float(0.0)] * (2 * rows)) as loop:
                 line = builder.add(w, builder.mul(loop.offset, constant(LINE_BYTES // 4)))
                 weights = [load(builder, builder.add(line, constant(n)), I32X16) for n in (0, VECTOR_BYTES)]
+                needed = builder.add(ahead, builder.mul(builder.lshr(loop.offset, constant(2)), ahead_bytes))
                 for n in (0, VECTOR_BYTES):
-                    prefetch(builder, builder.add(line, constant(AHEAD_BYTES + n)))
+                    prefetch(builder, builder.add(needed, constant(n)))
                 loop.new = []
                 for m, start in enumerate(starts):
                     pair = _splat_word(builder, builder.add(start, loop.offset))
@@ -146,7 +143,7 @@ def dense_tile(rows: int) -> Any:
             _store_tile(builder, _scaled_tile(builder, loop.new, x_scale, scale), outs, gated)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), codegen
+        return types.void(*[types.intp] * 10), codegen
 
     return tile
 
@@ -360,13 +357,13 @@ def _scaled_pairs(builder: Any, pairs: Any, factor: Any) -> Any:
 @intrinsic
 def call_tile(
     typingctx: Any, address: Any, rows: Any, x: Any, x_bytes: Any, x_scale: Any, x_base: Any, w: Any, scale: Any,
-    size: Any, sums: Any, outs: Any, gated: Any,
+    size: Any, sums: Any, outs: Any, gated: Any, ahead: Any, ahead_bytes: Any,
 ) -> Any:  # fmt: skip
-    """Call the machine code at `address`, which takes the other eleven integers."""
+    """Call the machine code at `address`, which takes the other thirteen integers."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [I64] * (len(args) - 1))
         builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 12), codegen
+    return types.void(*[types.intp] * 14), codegen

@@ -5,10 +5,7 @@ Legend: N out features (gate and up together), K in features, P = N / 32 panels.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +18,10 @@ from batch.kernels.pack_tiles import SIDE, pair_tile, turn_tile
 from batch.kernels.panel_tiles import LINE_BYTES
 from batch.kernels.simd import elements_at, jit, take_item
 from batch.kernels.vector_ir import has_avx512_vnni
+from l4tool.core.pages import fresh_pages
 
 MIN_K = 32  # bfloat16 k in whole cache lines
 PAIRS_PER_ITEM = 4
-HUGE_PAGE = 2 << 20
 _I64, _U32, _U16 = np.int64(0), np.uint32(0), np.uint16(0)
 
 
@@ -201,15 +198,8 @@ def panel_shape(rows: int, size: int) -> tuple[int, int, int]:
 
 
 def empty_words(shape: tuple[int, ...]) -> torch.Tensor:
-    """An int32 tensor; a large one in huge pages where the kernel gives them, which are quicker to get and to walk."""
-    num_bytes = 4 * math.prod(shape)
-    if num_bytes < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=torch.int32)
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
-    return torch.frombuffer(memory, dtype=torch.int32, count=num_bytes // 4, offset=start).view(shape)
+    """An int32 tensor that starts on a cache line; a large one lies in huge pages."""
+    return torch.frombuffer(fresh_pages(4 * math.prod(shape)), dtype=torch.int32).view(shape)
 
 
 def _by_rows(part: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,24 @@ def sum_four(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return builder.fadd(builder.fadd(quarters[0], quarters[1]), builder.fadd(quarters[2], quarters[3]))
 
 
+def rounded(builder: Any, x: Any) -> Any:
+    """float32 lanes rounded to the nearest even bfloat16, as float32."""
+    bits = builder.bitcast(x, I32X16)
+    odd = builder.and_(builder.lshr(bits, splat(I32X16, 16)), splat(I32X16, 1))
+    bits = builder.add(builder.add(bits, splat(I32X16, 0x7FFF)), odd)
+    return builder.bitcast(builder.and_(bits, splat(I32X16, 0xFFFF0000)), F32X16)
+
+
+def sum_lanes(builder: Any, vector: Any) -> Any:
+    """The sum of a <16 x f32>, in halves."""
+    lanes = list(range(16))
+    for width in (8, 4, 2, 1):
+        vector = builder.fadd(
+            shuffle(builder, vector, vector, lanes[:width]), shuffle(builder, vector, vector, lanes[width : 2 * width])
+        )
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
 class Loop:
     """A loop's running offset and the values carried from one round to the next."""
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from batch.kernels import ops
 from batch.kernels.paging import LayerCache
 from l4tool.core.arch import TextArch
-
-CACHE_LINE = 64  # bytes
+from l4tool.core.pages import fresh_pages
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,7 @@ def allocate(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that on the CPU take memory only where a block is used: calloc, while torch.zeros touches every page."""
+    """Zeros that on the CPU take memory only where a block is used, while torch.zeros touches every page."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(num_bytes + CACHE_LINE, np.uint8)
-    start = -raw.ctypes.data % CACHE_LINE
-    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)
+    return torch.frombuffer(fresh_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

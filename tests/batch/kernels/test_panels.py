@@ -78,13 +78,6 @@ def test_packing_several_weights_at_once(layout):
         assert torch.equal(ours.dense(), reference.dequantize_int4(part, torch.bfloat16))
 
 
-def test_large_panels_lie_in_aligned_memory_of_their_own():
-    words = panels.empty_words((3, 1024, 512, 32))
-    assert words.data_ptr() % panels.HUGE_PAGE == 0 and words.is_contiguous()
-    words.fill_(7)
-    assert words.sum() == 7 * words.numel()
-
-
 def test_packing_int4_weights_loses_nothing():
     parts = [int4(48, 256), int4(48, 256)]
     expected = torch.cat([reference.dequantize_int4(part, torch.bfloat16) for part in parts])

@@ -43,7 +43,7 @@ print(json.dumps({"steps": steps, "warm": warm, "needed": ready()}))
 @pytest.fixture(scope="module")
 def int4(scout_tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int4") / "model"
-    assert main(["quantize", str(scout_tiny), "-o", str(folder), "--int4", "--quiet"]) == 0
+    assert main(["quantize", str(scout_tiny), "-o", str(folder), "--int4"]) == 0
     return folder
 
 

@@ -132,4 +132,11 @@ def test_bad_forms_are_error_lines_beside_good_ones(answers):
 def test_forms_in_worker_processes(answers):
     """A worker compiles anew, and says what one process says."""
     lines = [FORMED[len(NAMES)], FORMED[len(NAMES) + 1], schema_line("unicode"), PLAIN[0]]
-    assert answers(lines, workers=2)[0] == answers(lines)[0]
+    assert without_cache(answers(lines, workers=2)[0]) == without_cache(answers(lines)[0])
+
+
+def without_cache(found):
+    """Answers without how much of their prompts somebody else had computed: that depends on their company."""
+    for line in found.values():
+        line["usage"].pop("prompt_tokens_details", None)
+    return found

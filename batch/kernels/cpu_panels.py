@@ -7,6 +7,7 @@ Legend: R rows of x, N out features, K in features, G groups.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def _product(job: Any) -> None:
 
 
 _ONES = torch.ones(PANEL)
+_ONES_AT = _ONES.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,19 @@ class Bank:
     scale_bytes: int
     per_item: int
 
+    @functools.cached_property
+    def per_group(self) -> int:
+        """Items of one group."""
+        return -(-self.panels // self.per_item)
+
+    @functools.cached_property
+    def fixed(self) -> tuple[int, ...]:
+        """The kernel's arguments that are the same in every call."""
+        return (
+            self.addresses.data_ptr(), self.kind, int(self.gated), self.in_features, self.panels, self.panel_bytes,
+            self.scale_bytes, self.per_item, self.per_group,
+        )  # fmt: skip
+
     @staticmethod
     def of(weights: Sequence[object]) -> Bank:
         """`weights` are `same_kind`."""
@@ -136,9 +151,8 @@ class Bank:
         first, kind = parts[0], _kind(parts[0])
         panels, panel_bytes = first.words.shape[0], first.words.stride(0) * 4
         per_item = max(1, min(MOST_PANELS, ITEM_BYTES // panel_bytes, panels // (4 * torch.get_num_threads())))
-        ones = _ONES.data_ptr()
         return Bank(
-            torch.tensor([(words, scale or ones) for words, scale in (part.addresses() for part in parts)]),
+            torch.tensor([(words, scale or _ONES_AT) for words, scale in (part.addresses() for part in parts)]),
             kind, first.gated, isinstance(first, PanelFp8Linear) and first.dynamic_activations,
             first.in_features, first.out_features // (2 if first.gated else 1), panels, panel_bytes,
             0 if isinstance(first, PanelLinear) else first.scale.stride(0) * first.scale.element_size(), per_item,
@@ -173,8 +187,8 @@ def product(
     product goes to row order[r] of the result; rows without an entry stay where they are.
     spread: the result, meant for another product, may have rows that are not contiguous with one another.
     """
-    rows, values = sum(len(part) for part in xs), xs
-    scales: tuple[int | torch.Tensor, int | torch.Tensor, int] = (_ONES, 0, 0)
+    rows, values = sum(part.shape[0] for part in xs), xs
+    scales: tuple[int | torch.Tensor, int | torch.Tensor, int] = (_ONES_AT, 0, 0)
     if bank.kind == INT8:
         q = quantize_rows(xs)
         values, scales = (q.values,), (q.scale, q.base, q.scale.stride(0) * 4)
@@ -186,12 +200,11 @@ def product(
     if spread and room * 2 % ALIAS_BYTES == 0:
         room += PANEL
     out = torch.empty((rows, room), dtype=torch.bfloat16)
-    per_group = -(-bank.panels // bank.per_item)
+    places = (0, 0) if order is None else (order, order.shape[0])
     parallel.run(
-        _product, groups.most * per_group, x, _row_bytes(x), tail, len(x), _row_bytes(tail), out, room * 2,
-        0 if order is None else order, 0 if order is None else len(order), groups.table, bank.addresses, bank.kind,
-        int(bank.gated), bank.in_features, bank.panels, bank.panel_bytes, bank.scale_bytes, bank.per_item, per_group,
-        *scales, runner(bank.kind), runner(BF16), _ONES, _scratch(bank.in_features), 0,
+        _product, groups.most * bank.per_group, x, _row_bytes(x), tail, x.shape[0], _row_bytes(tail), out, room * 2,
+        *places, groups.table, *bank.fixed, *scales, runner(bank.kind), runner(BF16), _ONES_AT,
+        _scratch(bank.in_features), 0,
     )  # fmt: skip
     return out if room == bank.width else out[:, : bank.width]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,13 +48,13 @@ def run(kernel: Kernel, items: int, *args: int | torch.Tensor) -> None:
     """Run `kernel` over `items` items; tensors among `args` are passed as addresses."""
     if items == 0:
         return
-    values = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
-    job = (ctypes.c_int64 * (FIRST_ARG + len(values)))(0, items, *values)
+    job = array("q", [0, items, *[arg if isinstance(arg, int) else arg.data_ptr() for arg in args]])
+    address, _ = job.buffer_info()
     threads = min(torch.get_num_threads(), items // MIN_ITEMS)
     if threads <= 1:
-        kernel.compiled.ctypes(ctypes.addressof(job))
+        kernel.compiled.ctypes(address)
     else:
-        _team()(kernel.compiled, ctypes.addressof(job), threads)
+        _team()(kernel.compiled, address, threads)
 
 
 @functools.cache

@@ -34,14 +34,19 @@ def load_streamed(
     if memory_bytes is not None:
         available = min(available, max(memory_bytes - used_bytes(), 0))
     file_bytes = sum(path.stat().st_size for path in reader.weight_files())
-    keep_cached = 2 * file_bytes <= available
-    room = divide(text, weights, available - file_bytes * keep_cached, item_bytes, max_batch_tokens, max_seqs, kv_bytes)
+    room, keep_cached = None, 2 * file_bytes <= available
+    if keep_cached:
+        spare = available - file_bytes
+        room = divide(text, weights, spare, item_bytes, max_batch_tokens, max_seqs, kv_bytes)
+    if room is None:
+        keep_cached = False
+        room = divide(text, weights, available, item_bytes, max_batch_tokens, max_seqs, kv_bytes)
     if room is None:
         raise DeviceError(
             f"{reader.path}: with --weights stream a layer at a time takes "
             f"{format_bytes(needed_bytes(text, weights, item_bytes))} of memory, and {format_bytes(available)} are "
             "available",
-            hint="quantize it first: l4tool quantize --int4",
+            hint="give it more (--memory), lower --max-batch-tokens, or quantize it: l4tool quantize --int4",
         )
     return stream_model(reader, dtype, activations, room.ahead, keep_cached), room
 

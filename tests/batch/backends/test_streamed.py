@@ -132,6 +132,20 @@ def test_what_cannot_be_is_refused(tmp_path, scout_tiny, monkeypatch):
     assert "--int4" in caught.value.hint
 
 
+def test_memory_for_a_layer_but_not_for_the_page_cache_too_is_enough(scout_tiny, monkeypatch):
+    reader = open_checkpoint(scout_tiny)
+    needed = needed_bytes(reader.arch.text, weigh(reader, 2), 2)
+    file_bytes = sum(path.stat().st_size for path in reader.weight_files())
+    assert 2 * file_bytes < needed, "else the page cache would not be thought of"
+    monkeypatch.setattr(loading, "available_bytes", lambda: needed + (1 << 20))
+    model, room = loading.load_streamed(reader, "cpu", None, "auto", None, None, None, None)
+    model.close()
+    assert room.max_seqs >= 1
+    monkeypatch.setattr(loading, "available_bytes", lambda: needed - (1 << 20))
+    with pytest.raises(DeviceError, match="a layer at a time takes"):
+        loading.load_streamed(reader, "cpu", None, "auto", None, None, None, None)
+
+
 def test_memory_is_divided_without_a_rest(scout_tiny, maverick_tiny):
     for folder in (scout_tiny, maverick_tiny):
         reader = open_checkpoint(folder)

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
+from l4tool.core.byte_level import unspell
 from l4tool.core.errors import CheckpointError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one, from threads of our own
@@ -99,7 +100,7 @@ class Tokenizer:
         if index in self.special_ids:
             return piece.encode("utf-8")
         try:
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+            return unspell(piece)
         except KeyError:
             return piece.encode("utf-8")
 
@@ -129,16 +130,6 @@ def _as_special(token: AddedToken) -> AddedToken:
         token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
         normalized=token.normalized, special=True,
     )  # fmt: skip
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

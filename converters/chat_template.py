@@ -2,8 +2,9 @@
 
 Every turn is `<|header_start|>ROLE<|header_end|>`, two line ends, the text, `<|eot|>`. Tool results have the role
 `ipython`; they and assistant turns that call tools end in `<|eom|>`. That much is Meta's `ChatFormat`
-(`llama_models/llama4/chat_format.py`, `encode_dialog_prompt` with tool calls as JSON), token for token, but for one
-thing: characters outside of ASCII in a call's arguments stand as they are, where Meta's code writes \\u escapes.
+(`llama_models/llama4/chat_format.py`, `encode_dialog_prompt` with tool calls as JSON), token for token, but for two
+things: characters outside of ASCII in a call's arguments stand as they are, where Meta's code writes \\u escapes; and a
+turn is tokenized as one text, where Meta's code does each of its parts and calls for itself.
 Meta's code has no words for the functions that may be called; they stand at the beginning of the system turn, in ours.
 
 The template does nothing but what `batch/template_bounds.py` knows to be linear in its input.

@@ -31,6 +31,7 @@ PRE_TOKENIZER: dict[str, Any] = {
     ],
 }
 DECODER: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+_TAKES_NEIGHBOURS = ("single_word", "lstrip", "rstrip")
 # What changes the tokens of a BPE model, and its neutral values.
 _PLAIN_MODEL: dict[str, tuple[Any, ...]] = {
     "dropout": (None, 0, 0.0),
@@ -48,6 +49,7 @@ def tokenizer_json(model: bytes, where: str = "tokenizer.model") -> bytes:
 def tokenizer_json_of(tokens: Sequence[bytes]) -> bytes:
     """tokenizer.json for a base vocabulary in the order of its ids; Llama 4's 2048 special tokens follow it."""
     ids = special_ids(len(tokens))
+    spelled = [spell(token) for token in tokens]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     contents = {
         "version": "1.0",
@@ -67,17 +69,17 @@ def tokenizer_json_of(tokens: Sequence[bytes]) -> bytes:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {spell(token): rank for rank, token in enumerate(tokens)},
-            "merges": [[spell(left), spell(right)] for left, right in all_merges(tokens)],
+            "vocab": {token: rank for rank, token in enumerate(spelled)},
+            "merges": [(spelled[left], spelled[right]) for left, right in all_merges(tokens)],
         },
     }
     return json.dumps(contents, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def all_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """Every split of every token into two tokens: by the token's rank, then by those of its left and right part."""
+def all_merges(tokens: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Every split of every token into two tokens, as their ids: by the token's id, then by the left and right one's."""
     rank_of = {token: rank for rank, token in enumerate(tokens)}
-    return [(tokens[left], tokens[right]) for token in tokens for left, right in _splits(token, rank_of)]
+    return [pair for token in tokens for pair in _splits(token, rank_of)]
 
 
 def _splits(token: bytes, rank_of: dict[bytes, int]) -> list[tuple[int, int]]:
@@ -173,6 +175,10 @@ def _added_tokens(entries: Any, where: str) -> dict[str, int]:
         token, index = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not isinstance(token, str) or not isinstance(index, int) or isinstance(index, bool) or token in added:
             raise _unfit(where, f"added_tokens holds {str(entry)[:80]!r}")
+        if any(entry.get(flag) for flag in _TAKES_NEIGHBOURS):
+            raise _unfit(
+                where, f"the added token {token[:40]!r} takes or wants white space beside it; tiktoken's do not"
+            )
         added[token] = index
     return added
 
@@ -229,12 +235,13 @@ def _check_special(added: dict[str, int], num_base: int, where: str) -> None:
 def _check_merges(model: dict[str, Any], tokens: list[bytes], where: str) -> None:
     """The merges stand in the order of the ranks, and have for each token the split by which tiktoken makes it."""
     rank_of = {token: rank for rank, token in enumerate(tokens)}
+    spelled = {spell(token): rank for rank, token in enumerate(tokens)}
     listed: set[tuple[int, int]] = set()
     last = 0
     for place, entry in enumerate(_merges(model, where)):
         try:
-            left, right = (unspell(part) for part in entry)
-            pair, joined = (rank_of[left], rank_of[right]), rank_of[left + right]
+            left, right = entry
+            pair, joined = (spelled[left], spelled[right]), spelled[left + right]
         except (KeyError, ValueError, TypeError):
             raise _unfit(where, f"model.merges[{place}] is {str(entry)[:60]!r}, not two tokens that make one") from None
         if joined < last:

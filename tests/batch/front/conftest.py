@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.meta_chat import import_chat_format
+
 O200K = (
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
@@ -98,57 +100,7 @@ def llama4_template():
     return chat_template
 
 
-def pillow_torchvision():
-    """torchvision's PIL path in a few lines: enough to run Meta's preprocessing without torchvision."""
-    import types
-
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    def resize(image, size, interpolation="bilinear"):
-        height, width = size
-        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
-
-    def to_tensor(image):
-        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous().float().div(255)
-
-    def normalize(mean, std, inplace=True):
-        shift, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-        return lambda tensor: tensor.sub_(shift).div_(scale)
-
-    def compose(steps):
-        def run(value):
-            for step in steps:
-                value = step(value)
-            return value
-
-        return run
-
-    top, transforms = types.ModuleType("torchvision"), types.ModuleType("torchvision.transforms")
-    functional = types.ModuleType("torchvision.transforms.functional")
-    functional.resize = resize
-    transforms.functional, top.transforms = functional, transforms
-    transforms.Compose, transforms.Normalize = compose, normalize
-    transforms.ToTensor = lambda: to_tensor
-    transforms.Resize = lambda size: lambda image: resize(image, size)
-    transforms.InterpolationMode = types.SimpleNamespace(BILINEAR="bilinear")
-    return {"torchvision": top, "torchvision.transforms": transforms, "torchvision.transforms.functional": functional}
-
-
 @pytest.fixture(scope="session")
 def meta_chat_format():
     """llama_models' chat_format module, over Pillow instead of torchvision."""
-    import importlib
-    import sys
-
-    from PIL import ImageFile
-
-    patch = pytest.MonkeyPatch()
-    for name, module in pillow_torchvision().items():
-        patch.setitem(sys.modules, name, module)
-    try:
-        return importlib.import_module("llama_models.llama4.chat_format")
-    finally:
-        patch.undo()
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # Meta's module switches it on for the whole process
+    return import_chat_format()

@@ -63,7 +63,8 @@ class TableReader:
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A zero-copy view, [out, in] for every Linear; a fused expert gives a strided one. KeyError if unknown."""
         stored, part = self._find(name)
-        return part_view(self.folder.view(stored), part, rows)
+        tensor = part_view(self.folder.view(stored), part)
+        return tensor if rows is None else tensor[rows]
 
     def extent(self, name: str) -> Extent:
         """Where the bytes behind a tensor lie (all of the expert's for a fused one). KeyError if unknown."""
@@ -76,9 +77,9 @@ class TableReader:
         stored, part = self._find(name)
         tensor = self.folder.stored[stored]
         aligned = raw if raw.data_ptr() % tensor.dtype.itemsize == 0 else raw.clone()
-        if part.expert is None:
+        if not part.transposed:
             return aligned.view(tensor.dtype).view(tensor.shape)
-        return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, expert=0))
+        return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, row=0))
 
     def prefetch(self, name: str) -> None:
         """Start reading a tensor's bytes (all of the expert's for a fused one) into the page cache."""
@@ -123,8 +124,8 @@ class TableReader:
         stored, part = self._find(name)
         tensor = self.folder.stored[stored]
         start, stop = tensor.start, tensor.stop
-        if part.expert is not None:
-            per_expert = tensor.nbytes // tensor.shape[0]
-            start += part.expert * per_expert
-            stop = start + per_expert
+        if part.transposed:  # one expert's rows of a fused tensor [E, in, out']
+            per_row = tensor.shape[-1] * tensor.dtype.itemsize
+            start += part.row * per_row
+            stop = start + tensor.shape[-2] * per_row
         return self.folder.files[tensor.file], start, stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,7 @@ class RunningDigest:
         self._fd = os.open(path, os.O_RDONLY)
         self._buffer = bytearray(CHUNK_BYTES)
         self._digests: dict[str, bytes] = {}
+        self.crcs: dict[str, int] = {}  # CRC-32 of hashed tensors, where the plan has fields for them
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._pending: list[Future[None]] = []
         self._dropped = 0
@@ -53,6 +55,7 @@ class RunningDigest:
     def adopt(self, digests: dict[str, str]) -> None:
         """Tensors that lie there since an earlier run, with their SHA-256 in hex: they were read again just now."""
         self._digests |= {name: bytes.fromhex(digest) for name, digest in digests.items()}
+        self._pending += [self._thread.submit(self._hash, name) for name in digests if name in self._plan.crc_at]
 
     def complete(self, names: Iterable[str]) -> None:
         """These tensors are completely written."""
@@ -95,14 +98,18 @@ class RunningDigest:
 
     def _hash(self, name: str) -> None:
         at, stop = self._spans[name]
-        digest, view = hashlib.sha256(), memoryview(self._buffer)
+        digest, crc, view = hashlib.sha256(), 0, memoryview(self._buffer)
+        needs_crc = name in self._plan.crc_at
         while at < stop:
             count = os.preadv(self._fd, [view[: stop - at]], at)
             if count == 0:
                 raise OSError(f"the shard ends at byte {at} inside {name}")
             digest.update(view[:count])
+            crc = zlib.crc32(view[:count], crc) if needs_crc else 0
             at += count
         self._digests[name] = digest.digest()
+        if needs_crc:
+            self.crcs[name] = crc
 
 
 class StreamedDigest:

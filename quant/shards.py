@@ -98,6 +98,7 @@ class OpenShard:
     def seal(self) -> dict[str, Any]:
         """Durable under its final name → its journal entry: size, mtime, digest."""
         digest = self._hash.hexdigest()
+        self._file.write_crcs(self._hash.crcs)
         self._file.finish()
         stat = self._file.path.stat()
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}

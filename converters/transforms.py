@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from converters.names import Part, Row, as_matrix
+
+SMALL = 4096  # elements: below it a compiled kernel gains nothing
+PiecesOf = Callable[[str, slice], Iterable[tuple[Part, torch.Tensor]]]
 
 
 def part_view(stored: torch.Tensor, part: Part) -> torch.Tensor:
@@ -26,86 +30,101 @@ def part_view(stored: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def join(pieces: Iterable[tuple[Part, torch.Tensor]], rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Canonical rows out of the pieces of one canonical tensor (each `part_view` of its stored tensor): a new tensor.
+    """Canonical rows out of the pieces of one canonical tensor (each `part_view` of its stored tensor).
 
-    Raises ValueError where the pieces leave a gap or overlap.
+    A new tensor unless one piece is all of it. Raises ValueError where the pieces leave a gap.
     """
-    out: torch.Tensor | None = None
-    covered = 0
-    for part, piece in pieces:
-        height, width = as_matrix(part.shape)
-        start, stop, _ = rows.indices(height)
-        if out is None:
-            out = torch.empty((stop - start, width), dtype=dtype)
-        top, bottom = part.rows or (0, height)
-        left, right = part.cols or (0, width)
-        first, last = max(start, top), min(stop, bottom)
-        if first < last:
-            source = piece.reshape(bottom - top, right - left) if piece.dim() != 2 else piece
-            copy_into(out[first - start : last - start, left:right], source[first - top : last - top])
-            covered += (last - first) * (right - left)
-    if out is None or covered != out.numel():
-        raise ValueError("the pieces of a tensor do not cover it")
-    return out.view(-1, *part.shape[1:])
+    found = list(pieces)
+    whole = Part(found[0][0].name, found[0][0].shape)
+    row = Row(whole.name, whole.shape, (whole,))
+    return assemble(row, lambda name, asked: found, rows, dtype).reshape(-1, *whole.shape[1:])
 
 
 def assemble(
-    row: Row, read: Callable[[str, slice | None], torch.Tensor], rows: slice | None, dtype: torch.dtype
+    row: Row, pieces_of: PiecesOf, rows: slice, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows (of the first dimension) of the stored tensor `row` out of canonical tensors, which `read(name, rows)` gives.
+    """Rows of the stored tensor `row`, seen as a matrix, out of canonical tensors: [rows, cols].
 
-    A single untransposed part that fills the row is what `read` gives, uncopied; anything else is a new tensor. Raises
-    ValueError where the parts leave a gap.
+    `pieces_of(name, rows)` gives pieces of a canonical tensor that cover at least those of its rows. One piece that is
+    all of the answer is given as it lies, uncopied and perhaps strided; anything else is copied into `out` (a buffer of
+    the answer's shape; a new one if None). Raises ValueError where the pieces leave a gap.
     """
     height, width = as_matrix(row.shape)
-    per_index = height // row.shape[0] if row.shape and row.shape[0] else 1  # matrix rows in one of the first dimension
-    start, stop, _ = (rows or slice(None)).indices(row.shape[0] if row.shape else 1)
-    top, bottom = start * per_index, stop * per_index
-    only = row.parts[0]
-    if len(row.parts) == 1 and not only.transposed and only.stored_size == (height, width) and per_index == 1:
-        return _canonical_piece(only, read, start, stop, (0, width)).view(-1, *row.shape[1:])
-    out = torch.empty((bottom - top, width), dtype=dtype)
+    top, bottom, _ = rows.indices(height)
     covered = 0
     for part in row.parts:
         high, wide = part.stored_size
         first, last = max(top, part.row), min(bottom, part.row + high)
         if first >= last:
             continue
-        target = out[first - top : last - top, part.col : part.col + wide]
-        inside = (first - part.row, last - part.row)
-        if part.transposed:
-            copy_into(target, _canonical_piece(part, read, 0, wide, inside).T)
-        else:
-            copy_into(target, _canonical_piece(part, read, *inside, (0, wide)))
-        covered += target.numel()
-    if covered != out.numel():
-        raise ValueError(f"{row.stored}: its parts do not fill it")
-    return out.view(-1, *row.shape[1:])
+        asked = _Box(first - part.row, last - part.row, 0, wide)
+        asked = (asked.turned() if part.transposed else asked).moved(*_origin(part))
+        for piece, tensor in pieces_of(part.name, slice(asked.top, asked.bottom)):
+            shared = asked.shared(_box(piece))
+            if shared is None:
+                continue
+            values = shared.moved(*(-at for at in _origin(piece))).cut(_matrix(tensor))
+            place = shared.moved(*(-at for at in _origin(part)))
+            place = (place.turned() if part.transposed else place).moved(part.row - top, part.col)
+            values = values.T if part.transposed else values
+            if place == _Box(0, bottom - top, 0, width) and values.dtype == dtype:
+                return values
+            if out is None:
+                out = torch.empty((bottom - top, width), dtype=dtype)
+            copy_into(place.cut(out), values)
+            covered += values.numel()
+    if out is None or covered != out.numel():
+        raise ValueError(f"{row.stored}: its parts do not fill rows {top} to {bottom}")
+    return out
 
 
-def _canonical_piece(
-    part: Part, read: Callable[[str, slice | None], torch.Tensor], start: int, stop: int, cols: tuple[int, int]
-) -> torch.Tensor:
-    """Rows [start, stop) and columns of a piece, out of the canonical tensor: [rows, cols]."""
-    top, left = (part.rows or (0, 0))[0], (part.cols or (0, 0))[0]
-    height, width = as_matrix(part.shape)
-    whole_first = len(part.shape) > 2  # rows of `read` are of the first dimension
-    if whole_first or (top + start, top + stop) == (0, height):
-        tensor = read(part.name, None).reshape(height, width)[top + start : top + stop]
-    else:
-        tensor = read(part.name, slice(top + start, top + stop)).reshape(stop - start, width)
-    return tensor[:, left + cols[0] : left + cols[1]]
+@dataclass(frozen=True)
+class _Box:
+    """Rows [top, bottom) and columns [left, right) of a matrix."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def turned(self) -> _Box:
+        return _Box(self.left, self.right, self.top, self.bottom)
+
+    def moved(self, down: int, right: int) -> _Box:
+        return _Box(self.top + down, self.bottom + down, self.left + right, self.right + right)
+
+    def shared(self, other: _Box) -> _Box | None:
+        box = _Box(
+            max(self.top, other.top), min(self.bottom, other.bottom),
+            max(self.left, other.left), min(self.right, other.right),
+        )  # fmt: skip
+        return box if box.top < box.bottom and box.left < box.right else None
+
+    def cut(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix[self.top : self.bottom, self.left : self.right]
+
+
+def _origin(part: Part) -> tuple[int, int]:
+    """Canonical (row, column) of the piece's first element."""
+    return (part.rows or (0, 0))[0], (part.cols or (0, 0))[0]
+
+
+def _box(part: Part) -> _Box:
+    height, width = part.size
+    return _Box(0, height, 0, width).moved(*_origin(part))
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """[n] → [n, 1]; more than two dimensions: the leading ones flattened."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(as_matrix(tuple(tensor.shape)))
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """target ← source, [rows, cols] both, any strides."""
-    target.copy_(source)
+    """target ← source, [rows, cols] both, any strides; a turned source goes through a kernel that is made for it."""
+    turned = source.stride(0) == 1 and source.stride(1) != 1 and target.stride(1) == 1
+    if turned and source.dtype == target.dtype and source.numel() >= SMALL:
+        from converters.kernels.transpose import turn
 
-
-def stored_names(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Part]]]:
-    """Canonical name → where its pieces lie."""
-    where: dict[str, list[tuple[Row, Part]]] = {}
-    for row in rows:
-        for part in row.parts:
-            where.setdefault(part.name, []).append((row, part))
-    return where
+        turn(source.T, target)
+    else:
+        target.copy_(source)

@@ -12,13 +12,13 @@ from typing import Any
 
 from converters.origin import CARD, read_origin
 from converters.reader import Reader
+from converters.writing import journal
+from converters.writing.plan import Plan
 from l4tool.core import licence
 from l4tool.core.atomic import write_file
 from l4tool.core.console import note
 from l4tool.core.errors import InputMissing, UsageError
-from quant import journal
 from quant.card_text import CardFacts, model_card, suggested_name
-from quant.plan import Plan
 from quant.schemes import Recipe
 
 LICENCE, NOTICE, POLICY = "LICENSE", "NOTICE", "USE_POLICY"

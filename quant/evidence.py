@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.safetensors_io import SafetensorsFile
+from converters.writing.hashing import StreamedDigest
+from converters.writing.journal import REPORT, read_report
 from l4tool.core.errors import CheckpointError
 from l4tool.hub.manifest import MANIFEST, Entry, new_hash, read_manifest
-from quant.hashing import StreamedDigest
-from quant.journal import REPORT, read_report
 from quant.sweep import Digest
 
 CACHE, CHECKLIST = "Hugging Face cache", "checklist.chk"

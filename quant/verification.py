@@ -18,13 +18,13 @@ from converters.folding import fold
 from converters.reader import Reader
 from converters.safetensors_io import SafetensorsFile
 from converters.survey import LAYOUTS, META, QUANTO, Survey, survey
+from converters.writing.journal import REPORT, read_report
 from l4tool.core.console import Progress
 from l4tool.core.errors import EXIT_CHECKSUM, EXIT_NO_INPUT, L4Error, UsageError
 from l4tool.core.placeholder import is_placeholder
 from quant import comparison
 from quant.comparison import Compared
 from quant.evidence import Proof, find_proofs
-from quant.journal import REPORT, read_report
 from quant.sweep import FileJob, Values, sweep
 
 SCALES = (".weight_scale", "._scale")  # compressed-tensors, optimum-quanto

@@ -59,7 +59,8 @@ def child(source: str, out: str, shard_bytes: int, stop: str) -> int:
     counter = [0]
     hook(stop, counter)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from quant import pipeline, stream
+    from converters.writing import stream
+    from quant import pipeline
 
     real, real_work, worked = pipeline.Options, stream.Stream._work, []
     pipeline.Options = lambda **options: real(**options | {"max_shard_bytes": shard_bytes, "jobs": 2})

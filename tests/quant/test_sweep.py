@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from converters.safetensors_io import SafetensorsFile
 from converters.writer import TensorSpec, plan_shards
+from converters.writing.hashing import StreamedDigest, shard_digest
 from quant import sweep as sweep_module
-from quant.hashing import StreamedDigest, shard_digest
 from quant.sweep import FLOATS, FileJob, sweep
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from converters.writer import ShardFile, ShardPlan
+from converters.writing.hashing import RunningDigest
+from converters.writing.plan import Item, Unit
 from l4tool.core.atomic import fsync_dir, write_errors
-from quant.hashing import RunningDigest
-from quant.plan import Item, Unit
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What makes a run resumable: a lock on the output, a fingerprint of the job, and a journal of what is finished.
+"""What makes a run resumable: a fingerprint of the job, and a journal of what is finished.
 
 The journal is JSON lines in the output folder, each fsynced: first the job, then tensors that are durable in a shard's
 `.part`, with their error sums and hashes, and one line per finished shard. It goes away when the run is complete; then
@@ -8,7 +8,6 @@ The journal is JSON lines in the output folder, each fsynced: first the job, the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +21,6 @@ from converters.reader import Reader
 from l4tool import __version__
 from l4tool.core.atomic import part_path, write_errors
 from l4tool.core.lock import LOCK
-from quant.schemes import Recipe
 
 JOURNAL = "l4tool-journal.jsonl"
 REPORT = "l4tool-report.json"
@@ -33,13 +31,9 @@ SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
 
 
-def fingerprint(recipe: Recipe, device: str, max_shard_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
-    """The job: tool version, all that decides the output's bytes, and the source as its supply describes it."""
-    return {
-        "version": __version__,
-        "recipe": dataclasses.asdict(recipe) | {"device": device, "max_shard_bytes": max_shard_bytes},
-        "source": source,
-    }
+def fingerprint(tool: str, recipe: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The job: command, tool version, all that decides the output's bytes, the source as its supply describes it."""
+    return {"tool": tool, "version": __version__, "recipe": recipe, "source": source}
 
 
 def describe_folder(reader: Reader) -> dict[str, Any]:
@@ -72,6 +66,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """What changed between two fingerprints, in words; None when nothing did."""
+    if old.get("tool", new["tool"]) != new["tool"]:
+        return f"it was begun by l4tool {old['tool']}"
     if old.get("version") != new["version"]:
         return f"it was begun by version {old.get('version')}, this is {new['version']}"
     if old.get("recipe") != new["recipe"]:
@@ -171,7 +167,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads((folder / REPORT).read_bytes())
     except (OSError, ValueError):
         return None
-    complete = isinstance(report, dict) and "job" in report and (folder / "config.json").is_file()
+    complete = isinstance(report, dict) and "job" in report and (folder / report.get("last", "config.json")).is_file()
     return report if complete else None
 
 
@@ -187,7 +183,7 @@ def begun_from_repo(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a folder that a quantize run has written or begun."""
+    """True for a folder that a run has written or begun."""
     return (folder / JOURNAL).is_file() or read_report(folder) is not None
 
 

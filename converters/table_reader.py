@@ -13,13 +13,13 @@ import torch
 from converters.folder import CheckpointFolder
 from converters.names import EMBEDDING, LM_HEAD, Part, Row
 from converters.quant_config import LinearFormat
-from converters.reader import Extent, TensorInfo
+from converters.reader import Extent, Reader, TensorInfo
 from converters.safetensors_io import SafetensorsFile
 from converters.transforms import part_view
 from l4tool.core.arch import Arch
 
 
-class TableReader:
+class TableReader(Reader):
     """Reads a folder through `rows`. See `converters.reader.Reader` for the contract; safe for several threads.
 
     `dtypes`: stored name → the dtypes it may have, where that is not the config's dtype. `formats`: canonical Linear
@@ -46,6 +46,7 @@ class TableReader:
         plain, dtypes = (self.dtype,), dtypes or {}
         expected = {row.stored: (row.shape, dtypes.get(row.stored, plain)) for row in rows}
         sound = folder.check(expected, {row.stored for row in rows if not row.required})
+        self.rows = [row for row in rows if row.stored in sound]
         self._where: dict[str, tuple[str, Part]] = {
             part.name: (row.stored, part) for row in rows if row.stored in sound for part in row.parts
         }
@@ -66,6 +67,11 @@ class TableReader:
         tensor = part_view(self.folder.view(stored), part)
         return tensor if rows is None else tensor[rows]
 
+    def pieces(self, name: str, rows: slice) -> list[tuple[Part, torch.Tensor]]:
+        """All of it as one piece, which costs no more than its rows. KeyError if unknown."""
+        tensor = self.read(name)
+        return [(Part(name, tuple(tensor.shape)), tensor)]
+
     def extent(self, name: str) -> Extent:
         """Where the bytes behind a tensor lie (all of the expert's for a fused one). KeyError if unknown."""
         file, start, stop = self._bytes_of(name)
@@ -81,8 +87,10 @@ class TableReader:
             return aligned.view(tensor.dtype).view(tensor.shape)
         return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, row=0))
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice | None = None) -> None:
         """Start reading a tensor's bytes (all of the expert's for a fused one) into the page cache."""
+        if rows is not None and rows.start:
+            return  # asked for with its first rows
         file, start, stop = self._bytes_of(name)
         file.prefetch(start, stop)
 

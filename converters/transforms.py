@@ -46,8 +46,8 @@ def assemble(
     """Rows of the stored tensor `row`, seen as a matrix, out of canonical tensors: [rows, cols].
 
     `pieces_of(name, rows)` gives pieces of a canonical tensor that cover at least those of its rows. One piece that is
-    all of the answer is given as it lies, uncopied and perhaps strided; anything else is copied into `out` (a buffer of
-    the answer's shape; a new one if None). Raises ValueError where the pieces leave a gap.
+    all of the answer and contiguous is given as it lies; anything else is copied into `out` (a buffer of the answer's
+    shape; a new one if None). Raises ValueError where the pieces leave a gap.
     """
     height, width = as_matrix(row.shape)
     top, bottom, _ = rows.indices(height)
@@ -67,7 +67,7 @@ def assemble(
             place = shared.moved(*(-at for at in _origin(part)))
             place = (place.turned() if part.transposed else place).moved(part.row - top, part.col)
             values = values.T if part.transposed else values
-            if place == _Box(0, bottom - top, 0, width) and values.dtype == dtype:
+            if place == _Box(0, bottom - top, 0, width) and values.dtype == dtype and values.is_contiguous():
                 return values
             if out is None:
                 out = torch.empty((bottom - top, width), dtype=dtype)

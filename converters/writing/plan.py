@@ -21,13 +21,17 @@ ROW_ALIGNMENT = 128  # rows of a kernel's tile
 
 @dataclass(frozen=True)
 class Item:
-    """One canonical tensor on its way: `stored` is its name in the output, `encoder` makes its `parts`."""
+    """One tensor on its way: `stored` is its name in the output, `encoder` makes its `parts`.
+
+    `step_rows`: ranges of rows begin at multiples of it.
+    """
 
     info: TensorInfo
     stored: str
     encoder: Encoder
     parts: tuple[str, ...]
     nbytes_out: int
+    step_rows: int = 1
 
     @property
     def rows(self) -> int:
@@ -95,6 +99,7 @@ def split(item: Item, budget: Budget) -> Iterator[Unit]:
     by_size = MAX_UNIT_BYTES // max(item.row_bytes, 1)
     step = max(min(by_memory, by_size) // ROW_ALIGNMENT * ROW_ALIGNMENT, 1)
     step = min(max(step, min(ROW_ALIGNMENT, by_memory)), max(rows, 1))
+    step = max(step // item.step_rows, 1) * item.step_rows
     for start in range(0, rows, step):
         yield Unit(item, start, min(start + step, rows))
 
@@ -121,4 +126,4 @@ def make_budget(plan: Plan, memory_bytes: int, jobs: int | None) -> Budget:
 
 
 def _fewest_rows(item: Item) -> int:
-    return min(item.rows, ROW_ALIGNMENT) if item.encoder.splittable else item.rows
+    return min(item.rows, max(ROW_ALIGNMENT, item.step_rows)) if item.encoder.splittable else item.rows

@@ -36,7 +36,7 @@ class Source(Protocol):
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
 
-    def prefetch(self, name: str) -> None: ...
+    def prefetch(self, name: str, rows: slice | None = None) -> None: ...
 
     def release(self, name: str) -> None: ...
 
@@ -98,8 +98,8 @@ class Stream:
                 self._drain(progress)  # what waits to be given up may be what the next file needs room for
             self.supply.ensure(file)
             for number, item in pairs:
-                self.reader.prefetch(item.info.name)
                 for unit in split(item, self.budget):
+                    self.reader.prefetch(item.info.name, slice(unit.start, unit.stop))
                     yield number, unit
 
     def _shard(self, number: int) -> OpenShard:

@@ -163,7 +163,7 @@ class Conversion:
 
 
 def _step(row: Row) -> int:
-    """Rows to begin ranges at, so that a turned tensor that must be computed is computed once and not for each range."""
+    """Where ranges of rows begin, so that a turned tensor that must be computed is computed once."""
     return max((part.stored_size[0] for part in row.parts if part.transposed), default=1)
 
 

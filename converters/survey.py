@@ -12,6 +12,7 @@ from converters.detect import open_checkpoint
 from converters.fields import read_json_object
 from converters.findings import Collector, Finding, of_error
 from converters.folder import Shards
+from converters.meta import is_meta
 from converters.table_reader import TableReader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import EXIT_NO_INPUT, InputMissing, L4Error
@@ -70,11 +71,6 @@ def survey(path: Path) -> Survey:
     _loose_ends(path, shards, noted)
     layout = reader.layout if reader is not None else UNKNOWN
     return Survey(path, layout, arch, config, shards, reader, noted.findings)
-
-
-def is_meta(path: Path) -> bool:
-    """Meta's own layout: params.json and pickled tensor-parallel shards."""
-    return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
 
 
 def _params(path: Path) -> dict[str, Any]:

@@ -28,56 +28,14 @@ if str(ROOT) not in sys.path:  # run by its path, a script sees only its own fol
 import torch  # noqa: E402
 
 from converters.arch_io import arch_from_config  # noqa: E402
+from converters.hf_side_files import small_files  # noqa: E402
 from converters.names import Row, hf_rows  # noqa: E402
+from converters.tiktoken_bpe import BYTES, tokenizer_json, write_ranks  # noqa: E402
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
 from l4tool.core.atomic import write_file  # noqa: E402
+from l4tool.core.prompt import NUM_SPECIAL, SPLIT, special_tokens  # noqa: E402
 from l4tool.core.sizes import format_bytes, parse_bytes  # noqa: E402
 
-NUM_SPECIAL = 2048
-# Llama 4's pre-tokenizer: words with an optional contraction, numbers by threes, punctuation, line ends, spaces.
-WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + WORD_END,
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + WORD_END,
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-CHAT_TEMPLATE = r"""{{- bos_token }}
-{%- if tools %}
-{{- '<|header_start|>system<|header_end|>\n\nFunctions:' }}
-{%- for tool in tools %}
-{{- '\n' }}{{- tool | tojson }}
-{%- endfor %}
-{{- '<|eot|>' }}
-{%- endif %}
-{%- for message in messages %}
-{%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
-{{- '<|header_start|>' + role + '<|header_end|>\n\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}
-{{- '<|image|>' }}
-{%- elif part['type'] == 'text' %}
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{%- for call in message['tool_calls'] or [] %}
-{{- call['function'] | tojson }}
-{%- endfor %}
-{{- '<|eom|>' if role == 'ipython' else '<|eot|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|header_start|>assistant<|header_end|>\n\n' }}
-{%- endif %}
-"""
 CARD = """\
 ---
 license: apache-2.0
@@ -98,23 +56,6 @@ WORDS = (
 )
 
 
-def special_tokens() -> list[str]:
-    """Llama 4's 2048 special tokens in the order of their ids, which follow the base vocabulary."""
-
-    def reserved(group: str, start: int, stop: int) -> list[str]:
-        return [f"<|{group}_reserved_special_token_{i}|>" for i in range(start, stop)]
-
-    names = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"]
-    names += ["header_start", "header_end", "eom", "eot", "step"]
-    tokens = [f"<|{name}|>" for name in names] + reserved("text_post_train", 0, 6)
-    tokens += ["<|python_start|>", "<|python_end|>", "<|finetune_right_pad|>", *reserved("text_post_train", 8, 69)]
-    tokens += ["<|image_start|>", "<|image_end|>", *reserved("vision", 0, 2)]
-    tokens += ["<|tile_x_separator|>", "<|tile_y_separator|>", *reserved("vision", 2, 6)]
-    tokens += ["<|image|>", *reserved("vision", 6, 7), "<|patch|>", *reserved("vision", 7, 1048)]
-    tokens += [*reserved("reasoning", 0, 8), "<|reasoning_thinking_start|>", "<|reasoning_thinking_end|>"]
-    return tokens + [f"<|reserved_special_token_{i}|>" for i in range(NUM_SPECIAL - len(tokens))]
-
-
 def training_text(num_base: int) -> Iterator[str]:
     """Lines of common English words and made-up ones, enough of them for `num_base` BPE tokens."""
     rng = random.Random(4)
@@ -128,27 +69,26 @@ def training_text(num_base: int) -> Iterator[str]:
         yield " ".join(words) + rng.choice([".\n", "?\n", "!\n\n", f", {rng.randint(0, 99999)}.\n"])
 
 
-def train_tokenizer(vocab_size: int) -> Any:
-    """A byte-level BPE of `vocab_size` tokens, the last 2048 of them Llama 4's special ones."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def train_tokenizer(vocab_size: int) -> str:
+    """tokenizer.json of a byte-level BPE of `vocab_size` tokens, the last 2048 of them Llama 4's special ones.
+
+    In the form that Llama 4's own has: the trained vocabulary, and every merge that makes one of its tokens.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     num_base = vocab_size - NUM_SPECIAL
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=num_base, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(training_text(num_base), trainer)
     if tokenizer.get_vocab_size() != num_base:
         raise SystemExit(f"trained {tokenizer.get_vocab_size()} base tokens instead of {num_base}")
-    specials = special_tokens()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
-    bos = specials[0]
-    template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, num_base)])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    return tokenizer
+    vocab = tokenizer.get_vocab()
+    tokens = [bytes(BYTES[char] for char in token) for token in sorted(vocab, key=vocab.__getitem__)]
+    return tokenizer_json(write_ranks(tokens))
 
 
 def text_config(preset: str, arch: str, layers: int, experts: int, vocab_size: int) -> dict[str, Any]:
@@ -257,35 +197,11 @@ def write_weights(folder: Path, config: dict[str, Any], seed: int, shard_bytes: 
 
 def write_side_files(folder: Path, config: dict[str, Any]) -> None:
     """Tokenizer, chat template, generation config and, for a multimodal checkpoint, the processor's files."""
-    text = config.get("text_config", config)
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "pad_token": "<|finetune_right_pad|>"}
-    generation = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files: dict[str, Any] = {
-        "tokenizer_config.json": names | {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": text["max_position_embeddings"], "clean_up_tokenization_spaces": False,
-        },
-        "special_tokens_map.json": names,
-        "generation_config.json": generation | {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
-    }  # fmt: skip
-    if "vision_config" in config:
-        vision = config["vision_config"]
-        side = {"height": vision["image_size"], "width": vision["image_size"]}
-        files["preprocessor_config.json"] = {
-            "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor", "size": side,
-            "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_patches": 16, "rescale_factor": 1 / 255,
-            "resize_to_max_canvas": False,
-        }  # fmt: skip
-        files["processor_config.json"] = {
-            "processor_class": "Llama4Processor", "patch_size": vision["patch_size"], "image_token": "<|image|>",
-            "pixel_shuffle_ratio": vision["pixel_shuffle_ratio"], "fake_image_token": "<|image|>",
-        }  # fmt: skip
+    arch = arch_from_config(config, "the new checkpoint's config")
     write_file(folder / "README.md", CARD)
-    write_file(folder / "tokenizer.json", train_tokenizer(text["vocab_size"]).to_str())
-    write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
-    for name, content in files.items():
-        write_file(folder / name, json.dumps(content, indent=2) + "\n")
+    write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size))
+    for name, content in small_files(arch).items():
+        write_file(folder / name, content)
 
 
 PRESETS = {  # layers, experts, vocabulary, shard size

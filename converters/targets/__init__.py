@@ -81,6 +81,7 @@ TARGETS = {
     "hf-experts": Target(
         "converters.targets.hf", "Hugging Face, one tensor per expert", ("dtype", "text_only", "shard_bytes")
     ),
+    "meta": Target("converters.targets.meta", "Meta", ("dtype", "text_only", "shards")),
     "compressed-tensors": Target(
         "converters.targets.compressed", "compressed-tensors", ("text_only", "shard_bytes"), floats=False
     ),

@@ -74,9 +74,9 @@ def _open(stack: contextlib.ExitStack, source: str, to: str, vision_from: Path |
     from l4tool.hub.local import require_local
 
     def opened(path: Path) -> Reader:
-        from converters.detect import open_checkpoint
+        from converters.detect import open_source
 
-        reader: Reader = stack.enter_context(contextlib.closing(open_checkpoint(path)))
+        reader: Reader = stack.enter_context(contextlib.closing(open_source(path)))
         if reader.quantization is not None and TARGETS[to].floats:
             from quant.plain_reader import PlainReader
 

@@ -12,6 +12,7 @@ import torch
 from converters.arch_io import arch_from_config
 from converters.names import hf_rows
 from examples import make_checkpoint as maker
+from l4tool.core.prompt import SPLIT, special_tokens
 from tests import checkpoints
 
 
@@ -93,7 +94,7 @@ def test_scout_width_has_the_real_widths():
 
 def test_special_tokens_are_metas():
     theirs = pytest.importorskip("llama_models.llama4.tokenizer").Tokenizer.get_instance().special_tokens
-    assert {token: 200000 + i for i, token in enumerate(maker.special_tokens())} == theirs
+    assert {token: 200000 + i for i, token in enumerate(special_tokens())} == theirs
 
 
 TEXTS = [
@@ -109,10 +110,10 @@ TEXTS = [
 def test_the_pre_tokenizer_splits_as_metas(scout_tiny, text):
     regex = pytest.importorskip("regex")
     pattern = pytest.importorskip("llama_models.llama4.tokenizer").Tokenizer.O200K_PATTERN
-    assert pattern == maker.SPLIT
+    assert pattern == SPLIT
     from tokenizers import Regex, pre_tokenizers
 
-    split = pre_tokenizers.Split(Regex(maker.SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     assert [piece for piece, _ in split.pre_tokenize_str(text)] == regex.findall(pattern, text)
 
 

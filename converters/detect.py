@@ -20,17 +20,19 @@ from l4tool.core.errors import CheckpointError
 PER_EXPERT_NAME = re.compile(r"\.experts\.\d+\.")
 
 
-def open_checkpoint(path: str | Path, report: Report = raise_first) -> TableReader:
+def open_checkpoint(path: str | Path, report: Report = raise_first, foreign: bool = False) -> TableReader:
     """Open a checkpoint folder: headers only, every name, shape, dtype and file size checked.
+
+    `foreign`: quantized in formats that can only be dequantized, too.
 
     Raises InputMissing (no folder, file or shard) or CheckpointError (anything wrong in it). A `report` that does not
     raise gets everything that is wrong with files, names, shapes and dtypes; what is sound is then read.
     """
     path = Path(path)
-    foreign = foreign_layout(path)
-    if foreign is not None:
+    other = foreign_layout(path)
+    if other is not None:
         raise CheckpointError(
-            f"{path} is in {foreign}, which has to be converted first",
+            f"{path} is in {other}, which has to be converted first",
             hint=f"l4tool convert {path} -o OUT --to hf",
         )
     if (path / "quantization_map.json").exists():
@@ -42,7 +44,7 @@ def open_checkpoint(path: str | Path, report: Report = raise_first) -> TableRead
     fused = _is_fused(folder)
     rows = hf_rows(folder.arch) if fused else canonical_rows(folder.arch)
     if folder.quantization is not None:
-        return open_compressed(folder, rows)
+        return open_compressed(folder, rows, foreign)
     layout = PER_EXPERT if not fused else MULTIMODAL_HF if folder.arch.vision is not None else TEXT_HF
     return TableReader(folder, rows, layout)
 
@@ -51,7 +53,7 @@ def open_source(path: Path) -> Reader:
     """Open a checkpoint in any layout, for whoever reads it tensor by tensor. Raises as `open_checkpoint`."""
     if is_meta(path) and not (path / "config.json").is_file():
         return open_meta(path)
-    return open_checkpoint(path)
+    return open_checkpoint(path, foreign=True)
 
 
 def foreign_layout(path: Path) -> str | None:

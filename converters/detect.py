@@ -11,6 +11,7 @@ from pathlib import Path
 from converters.compressed import open_compressed
 from converters.findings import Report, raise_first
 from converters.folder import CheckpointFolder
+from converters.gguf import is_gguf, open_gguf
 from converters.meta import is_meta, open_meta
 from converters.names import MULTIMODAL_HF, PER_EXPERT, TEXT_HF, canonical_rows, hf_rows
 from converters.reader import Reader
@@ -53,6 +54,8 @@ def open_source(path: Path) -> Reader:
     """Open a checkpoint in any layout, for whoever reads it tensor by tensor. Raises as `open_checkpoint`."""
     if is_meta(path) and not (path / "config.json").is_file():
         return open_meta(path)
+    if is_gguf(path):
+        return open_gguf(path)
     return open_checkpoint(path, foreign=True)
 
 
@@ -60,6 +63,8 @@ def foreign_layout(path: Path) -> str | None:
     """The layout of a checkpoint that is not Hugging Face's, in words; None for any other path."""
     if is_meta(path) and not (path / "config.json").is_file():
         return "Meta's layout (params.json, consolidated.*.pth)"
+    if is_gguf(path):
+        return "GGUF"
     return None
 
 

@@ -82,15 +82,22 @@ def tokenizer_json(model: bytes, where: str = "tokenizer.model") -> str:
     Raises CheckpointError as `read_ranks` does.
     """
     tokens = read_ranks(model, where)
+    merges = [(spell(left), spell(right)) for left, right in merges_of(tokens)]
+    return bpe_json([spell(token) for token in tokens], merges, special_tokens(), ignore_merges=True)
+
+
+def bpe_json(tokens: list[str], merges: list[tuple[str, str]], special: list[str], ignore_merges: bool) -> str:
+    """tokenizer.json of a byte-level BPE with Llama 4's pre-tokenizer; `special` tokens follow the vocabulary."""
     first = len(tokens)
     added = [
         {
             "id": first + n, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True,
         }
-        for n, content in enumerate(special_tokens())
+        for n, content in enumerate(special)
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bos = first + special.index(BOS)
     template = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -98,9 +105,8 @@ def tokenizer_json(model: bytes, where: str = "tokenizer.model") -> str:
             {"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
             {"SpecialToken": {"id": BOS, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}},
         ],
-        "special_tokens": {BOS: {"id": BOS, "ids": [first], "tokens": [BOS]}},
+        "special_tokens": {BOS: {"id": BOS, "ids": [bos], "tokens": [BOS]}},
     }  # fmt: skip
-    merges = [(spell(left), spell(right)) for left, right in merges_of(tokens)]
     tokenizer: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {
@@ -113,8 +119,8 @@ def tokenizer_json(model: bytes, where: str = "tokenizer.model") -> str:
         "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-            "vocab": {spell(token): rank for rank, token in enumerate(tokens)}, "merges": merges,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
+            "vocab": {token: rank for rank, token in enumerate(tokens)}, "merges": merges,
         },
     }  # fmt: skip
     return json.dumps(tokenizer, ensure_ascii=False)

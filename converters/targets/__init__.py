@@ -82,6 +82,7 @@ TARGETS = {
         "converters.targets.hf", "Hugging Face, one tensor per expert", ("dtype", "text_only", "shard_bytes")
     ),
     "meta": Target("converters.targets.meta", "Meta", ("dtype", "text_only", "shards")),
+    "gguf": Target("converters.targets.gguf", "GGUF (llama.cpp)", ("dtype", "text_only", "shard_bytes")),
     "compressed-tensors": Target(
         "converters.targets.compressed", "compressed-tensors", ("text_only", "shard_bytes"), floats=False
     ),

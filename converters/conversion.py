@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -178,12 +178,16 @@ def _keys(output: Output) -> dict[str, Row]:
     }
 
 
+SPELLED = {"dtype": "--dtype", "text_only": "--text-only", "shards": "--shards", "shard_bytes": "--shard-size"}
+
+
 def check_options(options: Options) -> Options:
-    """Raises UsageError for a target that does not exist, or an option that it does not take."""
+    """Raises UsageError for an option that the target does not take, and for a dtype that it does not have."""
     target = TARGETS[options.to]
-    spelled = {"dtype": "--dtype", "text_only": "--text-only", "shards": "--shards", "shard_bytes": "--shard-size"}
-    for field, option in spelled.items():
+    for field, option in SPELLED.items():
         if getattr(options, field) and field not in target.options:
-            taken = ", ".join(spelled[name] for name in target.options)
+            taken = ", ".join(SPELLED[name] for name in target.options)
             raise UsageError(f"{option} does not go with --to {options.to}", hint=f"it takes {taken}")
-    return replace(options)
+    if options.dtype is not None and options.dtype not in target.dtypes:
+        raise UsageError(f"--to {options.to} --dtype takes {', '.join(target.dtypes)}, not {options.dtype}")
+    return options

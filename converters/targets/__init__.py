@@ -61,12 +61,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table. `options`: those of `Options` that it takes. `floats`: quantized sources come as floats."""
+    """One row of the table. `options`: those of `Options` that it takes. `floats`: quantized sources come as floats.
+    `dtypes`: what `dtype` may be."""
 
     module: str
     title: str
     options: tuple[str, ...]
     floats: bool = True
+    dtypes: tuple[str, ...] = ("bf16", "f16", "f32")
 
     def make(self, reader: Reader, options: Options) -> Output:
         """What this target makes of a checkpoint. Raises UsageError or CheckpointError where it cannot."""
@@ -82,7 +84,10 @@ TARGETS = {
         "converters.targets.hf", "Hugging Face, one tensor per expert", ("dtype", "text_only", "shard_bytes")
     ),
     "meta": Target("converters.targets.meta", "Meta", ("dtype", "text_only", "shards")),
-    "gguf": Target("converters.targets.gguf", "GGUF (llama.cpp)", ("dtype", "text_only", "shard_bytes")),
+    "gguf": Target(
+        "converters.targets.gguf", "GGUF (llama.cpp)", ("dtype", "text_only", "shard_bytes"),
+        dtypes=("bf16", "f16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    ),
     "compressed-tensors": Target(
         "converters.targets.compressed", "compressed-tensors", ("text_only", "shard_bytes"), floats=False
     ),

@@ -39,6 +39,8 @@ class GgufFile(MappedFile):
     Raises CheckpointError for anything wrong with the header, and for quantized tensors.
     """
 
+    constants = frozenset({ROPE_FREQS})
+
     def __init__(self, path: Path) -> None:
         self.metadata: dict[str, Any] = {}
         reader = _parse(path)

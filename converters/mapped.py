@@ -38,8 +38,11 @@ class StoredTensor:
 class MappedFile:
     """One file with these tensors. Views stay valid after close(): the map lives as long as the last of them.
 
-    Safe for reading from several threads; the file is mapped when the first tensor is read.
+    Safe for reading from several threads; the file is mapped when the first tensor is read. `constants`: tensors that
+    follow from the header and that no checkpoint's digest counts.
     """
+
+    constants: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor]) -> None:
         self.path = path

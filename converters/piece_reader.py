@@ -130,6 +130,13 @@ class PieceReader(Reader):
         """What the files call the tensor that holds the canonical one. KeyError if unknown."""
         return self._where[name][0].stored.name
 
+    def mapped_files(self) -> dict[Path, MappedFile]:
+        return {source.file.path: source.file for source in self._sources}
+
+    def stored_tensors(self) -> list[StoredTensor]:
+        """Every tensor as the files have it, in their order."""
+        return [t for source in self._sources for t in sorted(source.file.tensors.values(), key=lambda t: t.start)]
+
     def side_files(self) -> list[Path]:
         return self._side_files
 

@@ -113,7 +113,7 @@ def test_transformers_and_batch_load_the_written_files(metas, tmp_path):
     for name, data in hf_side_files(arch, metas[1], "tokenizer.model").items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "config.json").write_text(json.dumps(published.new_style(published.scout())))
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Ours(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Ours.load(tmp_path)
     assert len(theirs) == 202048 and theirs.bos_token_id == 200000 and theirs.eos_token_id == 200008
     for text in corpus(20_000, seed=3):
         if any(token in text for token in special_tokens()):

@@ -69,6 +69,9 @@ class MetaReader(PieceReader):
         rows = scale[first : first + view.shape[0]]
         return (view.float() * rows[:, None].float()).to(self.dtype)
 
+    def weight_files(self) -> list[Path]:
+        return super().weight_files() + sorted(self.path.glob("fp8_scales_*.pt") if self._scales else ())
+
     def _hf_files(self) -> dict[str, bytes]:
         from converters.hf_side_files import hf_side_files
 

@@ -26,6 +26,7 @@ JOURNAL = "l4tool-journal.jsonl"
 REPORT = "l4tool-report.json"
 STAGING = ".source"  # shards of a streamed source, until they are used up
 FORM = 2  # of the journal; 1 knew whole shards only
+CONFIGS = ("config.json", INDEX, "params.json", "tokenizer.model")
 PAPERS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
@@ -42,13 +43,18 @@ def describe_folder(reader: Reader) -> dict[str, Any]:
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
     quantizing. Small files are hashed whole. Licence files and model card are left out: they may come later.
     """
-    return {path.name: _describe(path) for path in source_files(reader) if not path.name.startswith(PAPERS)}
+    described: dict[str, Any] = {}
+    for path in source_files(reader):
+        if not path.name.startswith(PAPERS):
+            name = path.name if path.name not in described else f"{path.parent.name}/{path.name}"  # of two folders
+            described[name] = _describe(path)
+    return described
 
 
 def source_files(reader: Reader) -> list[Path]:
     """Every file that the output is made from: configs, side files, weights."""
-    small = [reader.path / "config.json", reader.path / INDEX, *reader.side_files()]
-    return [path for path in small if path.is_file()] + reader.weight_files()
+    small = [*(reader.path / name for name in CONFIGS), *reader.side_files()]
+    return list(dict.fromkeys([path for path in small if path.is_file()] + reader.weight_files()))
 
 
 def _describe(path: Path) -> dict[str, Any]:

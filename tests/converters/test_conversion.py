@@ -249,3 +249,18 @@ def test_eyes_of_another(scout_tiny, tmp_path):
     other.arch = replace(other.arch, text=replace(other.arch.text, hidden_size=128))
     with pytest.raises(UsageError, match="hidden_size 256"):
         Grafted(other, open_checkpoint(scout_tiny))
+
+
+def test_another_vision_tower_is_another_source(scout_tiny, tmp_path):
+    """A finished graft is not taken for one with other eyes, though file names are the same in both."""
+    from converters.graft import Grafted
+
+    run(scout_tiny, tmp_path / "text", "hf", text_only=True)
+    other = checkpoints.make(tmp_path / "other", seed=7)
+    for eyes in (scout_tiny, other):
+        reader = Grafted(open_checkpoint(tmp_path / "text"), open_checkpoint(eyes))
+        if eyes is other:
+            with pytest.raises(WriteError, match="the source has changed"):
+                convert(reader, tmp_path / "whole", Options("hf"), How())
+        else:
+            convert(reader, tmp_path / "whole", Options("hf"), How())

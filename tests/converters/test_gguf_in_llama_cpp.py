@@ -85,3 +85,26 @@ def test_text_becomes_the_same_tokens(source, tmp_path):
     _, _, ids = in_llama_cpp(source, tmp_path, "bf16")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     assert ids == [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+
+
+def test_features_of_a_tile_are_transformers(source, tmp_path):
+    """The vision tower's file in libmtmd. It lists the tile's tokens by columns, transformers and Meta by rows, which
+    may be why it warns of degraded quality; each token's feature is the same."""
+    if "L4TOOL_LLAMA_JOB" in os.environ:
+        pytest.skip("the other build of llama.cpp may be without libmtmd")
+    from tests.batch.model.driver import theirs
+
+    convert(open_checkpoint(source), tmp_path / "out", Options("gguf", dtype="f32"), How())
+    files = {path.name.startswith("mmproj"): str(path) for path in (tmp_path / "out").glob("*.gguf")}
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    job = {"gguf": files[False], "mmproj": files[True], "pixels": str(tmp_path / "pixels.npy")}
+    (tmp_path / "job.json").write_text(json.dumps(job | {"out": str(tmp_path / "features.npy")}))
+    command = [PYTHON, str(PEER.with_name("llama_vision.py")), str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, tile = theirs(source), (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        expected = model.multi_modal_projector(model.vision_model(tile).last_hidden_state).view(4, -1)
+    found = torch.from_numpy(np.load(tmp_path / "features.npy")).view(2, 2, -1).transpose(0, 1).reshape(4, -1)
+    assert (found - expected).abs().max() <= 5e-3 * expected.abs().max()

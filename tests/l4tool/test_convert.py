@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,3 +143,41 @@ def test_memory_stays_small(source, tmp_path):
     assert done.returncode == 0, done.stderr
     anonymous = int(done.stdout.rpartition("anon ")[2])
     assert anonymous < 1024
+
+
+def test_batch_answers_alike_from_what_meta_files_become(source, tmp_path, capsys):
+    """Text and pictures through `batch`: tokenizer, chat template, processor files and weights made of Meta's files."""
+    pytest.importorskip("PIL")
+    assert run(capsys, source, "-o", tmp_path / "meta", "--to", "meta", "--shards", "2")[0] == 0
+    assert run(capsys, tmp_path / "meta", "-o", tmp_path / "hf", "--to", "hf")[0] == 0
+    answers = []
+    for model in (source, tmp_path / "hf"):
+        out = tmp_path / f"{len(answers)}.jsonl"
+        command = ["batch", str(ROOT / "examples" / "requests.jsonl"), str(out), "--model", str(model)]
+        main([*command, "--temperature", "0", "--max-tokens", "8", "--order", "input"])
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        answers.append([{key: line[key] for key in line if key not in ("id", "request_id")} for line in lines])
+    capsys.readouterr()
+    texts = [[json.dumps(line.get("response") or line, sort_keys=True) for line in lines] for lines in answers]
+    assert len(texts[0]) == len(texts[1]) > 3
+    for one, other in zip(*texts, strict=True):
+        assert strip_names(one) == strip_names(other)
+
+
+def strip_names(text):
+    """Without what names the model and the moment."""
+    return re.sub(r'"(id|request_id|created|model|system_fingerprint)": ("[^"]*"|\d+)', "", text)
+
+
+def test_quantized_and_written_anew_inspects_the_same(source, tmp_path, capsys):
+    quantized = tmp_path / "int4"
+    assert main(["quantize", str(source), "-o", str(quantized), "--mixed"]) == 0
+    code, _, err = run(capsys, quantized, "-o", tmp_path / "again", "--to", "compressed-tensors", "--shard-size", "2MB")
+    assert code == 0, err
+    facts = []
+    for folder in (quantized, tmp_path / "again"):
+        main(["inspect", str(folder), "--json"])
+        facts.append(json.loads(capsys.readouterr().out))
+    same = ("layout", "architecture", "parameters", "quantization", "classes", "kinds", "tokenizer", "findings")
+    assert {key: facts[0][key] for key in same} == {key: facts[1][key] for key in same}
+    assert len(facts[1]["shards"]) > len(facts[0]["shards"])

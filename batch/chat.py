@@ -22,7 +22,7 @@ from batch.template import RENDER_TIMEOUT_S, TIMEOUT_CHARS_PER_S, TemplateFailur
 from batch.tokenizer import Tokenizer, read_json_object
 from batch.tools import call_arguments
 from l4tool.core.errors import CheckpointError
-from l4tool.core.prompt import CHAT_TEMPLATE
+from l4tool.core.prompt import TURNS
 
 MAX_GROWTH_CHARS = 1 << 20  # what a template may add to the text of the request
 IMAGE_TOKEN = "<|image|>"
@@ -60,7 +60,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, tokens_per_tile: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
-        source = CHAT_TEMPLATE if template is None else template
+        source = TURNS if template is None else template
         self._knows = {word for word in ("tools", "tool_calls") if re.search(rf"\b{word}\b", source)}
         try:
             self._renderer = make_renderer(source, datetime.now())

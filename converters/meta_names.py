@@ -19,7 +19,7 @@ TEXT = "language_model.model."
 VISION = "vision_embeddings.vision_encoder."
 # Not weights: statistics and caches of training, and transformer-engine's state (an io.BytesIO).
 DROPPED = re.compile(
-    r"rope\.freqs|freqs_cis|layers\.\d+\.feed_forward\.(global_gate_stats_3E|expert_activation_DE)|.*\._extra_state"
+    r"rope\.freqs|freqs_cis|layers\.\d+\.feed_forward\.(global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)|.*\._extra_state"
 )
 
 

@@ -19,14 +19,8 @@ SPLIT = "|".join(
         r"\s+",
     ]
 )
-# Turns as Meta's ChatFormat writes them. Its tools are the caller's business; here they are told in a system turn, in
-# the form in which the model is to call them.
-CHAT_TEMPLATE = (
-    "{{- bos_token }}"
-    "{%- if tools %}{{- '<|header_start|>system<|header_end|>\n\nYou can call these functions. To call one, answer "
-    "with nothing but a JSON object for each call: "
-    '{"name": function name, "parameters": {argument name: value}}.\n\' }}'
-    "{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '<|eot|>' }}{%- endif %}"
+# Turns as Meta's ChatFormat writes them, for checkpoints that come without a template: it has no place for tools.
+_MESSAGES = (
     "{%- for message in messages %}"
     "{{- '<|header_start|>' + ('ipython' if message.role == 'tool' else message.role) + '<|header_end|>\n\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content or [] %}"
@@ -35,6 +29,16 @@ CHAT_TEMPLATE = (
     "'parameters': call.function.arguments} | tojson }}{%- endfor %}"
     "{{- '<|eom|>' if message.role in ('tool', 'ipython') or message.tool_calls else '<|eot|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif %}"
+)
+TURNS = "{{- bos_token }}" + _MESSAGES
+# The template of checkpoints that are made of Meta's files. Tools are told in a system turn, in the form in which the
+# model is to call them.
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- if tools %}{{- '<|header_start|>system<|header_end|>\n\nYou can call these functions. To call one, answer "
+    "with nothing but a JSON object for each call: "
+    '{"name": function name, "parameters": {argument name: value}}.\n\' }}'
+    "{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '<|eot|>' }}{%- endif %}" + _MESSAGES
 )
 
 

@@ -3,30 +3,42 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+LLAMA := .venv-llama
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-slow soak lint bench clean
+.PHONY: setup demo test test-slow test-gguf soak lint bench clean
 
 setup: $(STAMP)
 
 # torch first and alone: a looser first install may pull gigabytes of CUDA packages.
-# llama-models without its dependencies: the tests need its tokenizer and chat format only.
+# llama-models without its dependencies: the tests need its tokenizer, its chat format, and its model code, which asks
+# for fairscale, a source package that looks for torch while it is built.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; try make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llama-models
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --constraint constraints.txt fairscale
 	touch $@
 
 demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
 
 test: setup
-	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow"
+	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow and not llama_cpp"
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# What convert writes as GGUF, in llama.cpp itself: built from source once (ten minutes or so), kept in .venv-llama.
+test-gguf: setup $(LLAMA)/.done
+	L4TOOL_LLAMA_PYTHON="$(CURDIR)/$(LLAMA)/bin/python" $(PY) -m pytest -m llama_cpp tests/converters
+
+$(LLAMA)/.done: constraints.txt
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet --no-binary llama-cpp-python --constraint constraints.txt llama-cpp-python
+	touch $@
 
 # Kills, power cuts, fuzz and a million lines: docs/reliability.md.
 soak: setup
@@ -44,5 +56,5 @@ bench: setup
 	$(PY) bench/pipeline.py
 
 clean:
-	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LLAMA) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,21 +22,10 @@ from batch.template import RENDER_TIMEOUT_S, TIMEOUT_CHARS_PER_S, TemplateFailur
 from batch.tokenizer import Tokenizer, read_json_object
 from batch.tools import call_arguments
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import TURNS
 
 MAX_GROWTH_CHARS = 1 << 20  # what a template may add to the text of the request
 IMAGE_TOKEN = "<|image|>"
-
-# Llama 4's turn format, for checkpoints that come without a template.
-DEFAULT_TEMPLATE = (
-    "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|header_start|>' + ('ipython' if message.role == 'tool' else message.role) + '<|header_end|>\n\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
-    "{%- if part.type == 'image' %}{{- '<|image|>' }}{%- else %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}"
-    "{%- for call in message.tool_calls or [] %}{{- {'type': 'function', 'name': call.function.name, "
-    "'parameters': call.function.arguments} | tojson }}{%- endfor %}"
-    "{{- '<|eom|>' if message.role in ('tool', 'ipython') or message.tool_calls else '<|eot|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif %}"
-)
 
 # Noncharacters first, then private use: the first one that the request does not contain is the breaker.
 _BREAKERS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF1000))]
@@ -71,7 +60,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, tokens_per_tile: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
-        source = DEFAULT_TEMPLATE if template is None else template
+        source = TURNS if template is None else template
         self._knows = {word for word in ("tools", "tool_calls") if re.search(rf"\b{word}\b", source)}
         try:
             self._renderer = make_renderer(source, datetime.now())

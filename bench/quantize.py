@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +29,8 @@ OUR_OPTIONS = {"int4": ["--int4"], "absmax": ["--int4", "--scale", "absmax"], "f
 SHAPE = (8192, 5120)  # one expert's gate_proj
 GROUP_SIZE = 128
 sys.path.insert(0, str(ROOT))
+
+from commands import run, warm  # noqa: E402
 
 from l4tool.core.console import note, table  # noqa: E402
 
@@ -78,44 +78,6 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def run(command: list[str], out: Path) -> dict[str, Any]:
-    """One process from start to exit: wall and CPU seconds, peak RSS and peak anonymous bytes, sampled."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
-    )
-    with ThreadPoolExecutor(1) as pool:
-        output = pool.submit(lambda: process.stdout.read() if process.stdout else "")
-        peaks = {"VmRSS": 0, "RssAnon": 0}
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            for key, value in _memory(process.pid).items():
-                peaks[key] = max(peaks[key], value)
-            time.sleep(0.02)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.result()[-2000:]}")
-    shutil.rmtree(out, ignore_errors=True)
-    cpu_s = usage.ru_utime + usage.ru_stime
-    memory = {"peak_rss_bytes": peaks["VmRSS"], "peak_anonymous_bytes": peaks["RssAnon"]}
-    return {"seconds": seconds, "cpu_s": cpu_s, **memory}
-
-
-def _memory(pid: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if line.startswith(("VmRSS", "RssAnon")))
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
-
-
 def contestants(arguments: argparse.Namespace, checkpoint: Path, scheme: str) -> dict[str, list[str]]:
     """Name → command, each writing WORK/out."""
     out = str(arguments.work / "out")
@@ -141,7 +103,7 @@ def compare(arguments: argparse.Namespace, checkpoint: Path) -> list[dict[str, A
             for name, command in commands.items():
                 note(f"{scheme}: {name}, round {number + 1} of {arguments.rounds}")
                 for path in checkpoint.glob("*.safetensors"):
-                    _warm(path)
+                    warm(path)
                 runs[name].append(run(command, arguments.work / "out"))
         ours = min(result["seconds"] for result in runs["l4tool"])
         for name, all_runs in runs.items():
@@ -149,13 +111,6 @@ def compare(arguments: argparse.Namespace, checkpoint: Path) -> list[dict[str, A
             rate = source_bytes / best["seconds"] / 1e9
             results.append({"scheme": scheme, "who": name, **best, "gb_s": rate, "ratio": best["seconds"] / ours})
     return results
-
-
-def _warm(path: Path) -> None:
-    """Bring a file into the page cache."""
-    with open(path, "rb", buffering=0) as file:
-        while file.read(2**24):
-            pass
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from converters import quant_config
 from converters.findings import Finding
 from converters.folder import CheckpointFolder
-from converters.names import COMPRESSED, Part, Row, is_linear
+from converters.names import COMPRESSED, Part, Row, canonical_shapes, is_linear
 from converters.quant_config import LinearFormat, QuantizationSpec, parse_quantization
 from converters.table_reader import TableReader
 from l4tool.core.errors import CheckpointError
@@ -18,17 +18,21 @@ from l4tool.core.placeholder import is_placeholder
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE_DTYPES = (torch.int64, torch.int32)
 PACK_FACTOR = 8  # 4-bit values in an int32
+ACTIVATION_SCALES = (
+    ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".k_scale", ".v_scale", ".q_scale",
+)  # fmt: skip
 
 
-def open_compressed(folder: CheckpointFolder, rows: list[Row]) -> TableReader:
+def open_compressed(folder: CheckpointFolder, rows: list[Row], foreign: bool = False) -> TableReader:
     """A reader whose `tensors()` lists the stored parts of quantized Linears under canonical names
     (`….gate_proj.weight_packed`, `.weight_scale`, `.weight_shape`, or FP8 `.weight` and `.weight_scale`).
 
-    `rows` is the unquantized table: per-expert, or fused when the experts are stored unquantized.
+    `rows` is the unquantized table: per-expert, or fused when the experts are stored unquantized. `foreign`: formats
+    that can only be dequantized are opened too.
     """
     assert folder.quantization is not None
     where = str(folder.path / "config.json")
-    spec = parse_quantization(folder.quantization, where)
+    spec = parse_quantization(folder.quantization, where, foreign)
     table: list[Row] = []
     dtypes: dict[str, tuple[torch.dtype, ...]] = {}
     formats: dict[str, LinearFormat] = {}
@@ -42,6 +46,9 @@ def open_compressed(folder: CheckpointFolder, rows: list[Row]) -> TableReader:
         for part_row, allowed in _quantized_rows(row, prefix, scheme, where):
             table.append(part_row)
             dtypes[part_row.stored] = allowed
+    if foreign:
+        table += _loose_scales(folder)
+        dtypes |= {row.stored: (folder.stored[row.stored].dtype,) for row in table if not row.parts}
     reader = TableReader(folder, table, COMPRESSED, dtypes, formats)
     _check_shapes(reader, formats)
     return reader
@@ -73,34 +80,72 @@ def _quantized_rows(
     """The stored parts of one quantized Linear [out, in], with the dtypes that each may have."""
     module = row.stored.removesuffix(".weight")
     out, inner = row.shape
-    parts: list[tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]]
     if scheme.kind == "int4":
         group = scheme.group_size or 0
         if inner % group or inner % PACK_FACTOR:
             raise CheckpointError(f"{where}: {module} has {inner} inputs, which group_size {group} does not divide")
-        parts = [
-            ("weight_packed", (out, inner // PACK_FACTOR), (torch.int32,)),
-            ("weight_scale", (out, inner // group), SCALE_DTYPES),
-            ("weight_shape", (2,), SHAPE_DTYPES),
-        ]
-    else:
-        parts = [("weight", (out, inner), (torch.float8_e4m3fn,)), ("weight_scale", (out, 1), SCALE_DTYPES)]
-    for suffix, shape, allowed in parts:
+    for suffix, shape, allowed in _parts(scheme, out, inner, f"{where}: {module}"):
         yield Row(f"{module}.{suffix}", shape, (Part(f"{prefix}.{suffix}", shape),)), allowed
+
+
+StoredPart = tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]  # suffix, shape, allowed dtypes
+
+
+def _parts(form: LinearFormat, out: int, inner: int, where: str) -> Iterator[StoredPart]:
+    """What the compressed-tensors library stores for a Linear [out, in]: its `pack_quantized`, `naive_quantized`."""
+    if form.packed:
+        yield "weight_packed", (out, _words(inner, form.num_bits)), (torch.int32,)
+        yield "weight_shape", (2,), SHAPE_DTYPES
+    else:
+        yield "weight", (out, inner), (torch.float8_e4m3fn if form.number == "float" else torch.int8,)
+    scales = scale_shape(form, out, inner, where)
+    yield "weight_scale", scales, SCALE_DTYPES
+    if not form.symmetric and form.packed and form.strategy in ("group", "channel"):
+        yield "weight_zero_point", (_words(out, form.num_bits), scales[1]), (torch.int32,)  # packed along the outputs
+    elif not form.symmetric:
+        yield "weight_zero_point", scales, (torch.int8,)
+    if form.reordered:
+        yield "weight_g_idx", (inner,), (torch.int32,)
+
+
+def scale_shape(form: LinearFormat, out: int, inner: int, where: str) -> tuple[int, ...]:
+    """The shape of `weight_scale`. Raises CheckpointError where groups do not divide the inputs."""
+    if form.strategy == "tensor":
+        return (1,)
+    if form.strategy == "channel":
+        return (out, 1)
+    if form.strategy == "block":
+        height, width = form.block or (1, 1)
+        return -(-out // height), -(-inner // width)
+    group = form.group_size or 1
+    if inner % group:
+        raise CheckpointError(f"{where} has {inner} inputs, which group_size {group} does not divide")
+    return out, inner // group
+
+
+def _words(count: int, bits: int) -> int:
+    """int32 words that hold `count` codes."""
+    return -(-count * bits // 32)
+
+
+def _loose_scales(folder: CheckpointFolder) -> list[Row]:
+    """Scales of activations and of the KV cache, which weights as floats do without: deliberate drops."""
+    return [Row(name, folder.stored[name].shape, ()) for name in folder.stored if name.endswith(ACTIVATION_SCALES)]
 
 
 def _check_shapes(reader: TableReader, formats: dict[str, LinearFormat]) -> None:
     """`weight_shape` is data, not header: it must say what the packed tensor's own shape implies."""
     absent = {path for path in reader.weight_files() if is_placeholder(path)}
+    shapes = canonical_shapes(reader.arch)
     for prefix, scheme in formats.items():
-        if scheme.kind != "int4":
+        if not scheme.packed:
             continue
         info = reader.tensors().get(f"{prefix}.weight_packed")
         if info is None or f"{prefix}.weight_shape" not in reader.tensors():
             continue  # reported as missing
         if reader.tensors()[f"{prefix}.weight_shape"].file in absent:
             continue  # a header only
-        wanted = [info.shape[0], info.shape[1] * PACK_FACTOR]
+        wanted = list(shapes[f"{prefix}.weight"])
         found = reader.read(f"{prefix}.weight_shape").tolist()
         if found != wanted:
             message = f"{info.file}: tensor '{prefix}.weight_shape' says {found}, it must say {wanted}"

@@ -12,12 +12,12 @@ from converters.arch_io import arch_from_config
 from converters.fields import read_json_object
 from converters.names import MULTIMODAL_HF, TEXT_HF, canonical_shapes
 from converters.quant_config import LinearFormat
-from converters.reader import Extent, TensorInfo
+from converters.reader import Extent, Reader, TensorInfo
 from l4tool.core.arch import Arch
 from l4tool.core.errors import CheckpointError, InputMissing
 
 
-class ConfigOnly:
+class ConfigOnly(Reader):
     """A Reader of a config.json alone. Raises InputMissing or CheckpointError for a file that is none."""
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class ConfigOnly:
     def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
         raise InputMissing(f"{self.path} is a config without weights", hint="give the checkpoint's folder")
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice | None = None) -> None:
         """Nothing to read."""
 
     def release(self, name: str) -> None:

@@ -1,8 +1,7 @@
-"""Everything beside the weights and config.json that a Hugging Face folder made from Meta's files needs.
+"""What lies beside the weights in a Hugging Face folder, for checkpoints that hold it in another form or not at all.
 
-The contents are those of the published Instruct models (Llama-4-Scout-17B-16E-Instruct and the Maverick one). Nothing
-in Meta's files says whether a checkpoint is the pre-trained or the Instruct model, so both get the same files: with a
-pre-trained one the chat template and the sampling values are there and mean nothing.
+Written as Meta published them with the instruction-tuned models. Meta's own files do not say whether a checkpoint is
+instruction-tuned: a pre-trained one gets the same files, chat template and sampling defaults included.
 """
 
 from __future__ import annotations
@@ -10,58 +9,66 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from converters.chat_template import CHAT_TEMPLATE
-from converters.llama4_tokens import BOS, EOT, IMAGE, IMAGE_END, IMAGE_START, NUM_SPECIAL, PAD, PATCH, STOP_TOKENS
-from converters.llama4_tokens import special_ids as ids_behind
-from converters.tiktoken_file import read_tokens
-from converters.tokenizer_json import tokenizer_json_of
+from converters.tiktoken_bpe import read_ranks, tokenizer_json_of
 from l4tool.core.arch import Arch, VisionArch
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOT,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    NUM_SPECIAL,
+    PAD,
+    PATCH,
+    STOP_TOKENS,
+    special_ids,
+)  # fmt: skip
 
+NAMES = {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD}
 MAX_TILES = 16  # of one picture, the global one not counted (Meta's `max_num_chunks`)
-NAMED_TOKENS = {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD}
 
 
 def hf_side_files(arch: Arch, tokenizer_model: bytes, where: str = "tokenizer.model") -> dict[str, bytes]:
-    """File name → contents, from the architecture and the bytes of Meta's tokenizer.model.
+    """Name → contents: tokenizer, chat template, generation config and, for a multimodal one, the processor's files.
 
-    tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja, generation_config.json and, for
-    a checkpoint with a vision tower, preprocessor_config.json and processor_config.json. Raises CheckpointError for a
-    broken tokenizer.model, and where it does not fit `arch`; `where` names it in errors.
+    `tokenizer_model` is tokenizer.model's contents, `where` its name in errors. Raises CheckpointError for one that is
+    none, or that does not fit `arch` (`check_fits`).
     """
-    tokens = read_tokens(tokenizer_model, where)
+    tokens = read_ranks(tokenizer_model, where)
     check_fits(arch, len(tokens), where)
-    return {"tokenizer.json": tokenizer_json_of(tokens), **config_files(arch, len(tokens))}
+    return {"tokenizer.json": tokenizer_json_of(tokens).encode(), **small_files(arch)}
 
 
-def config_files(arch: Arch, num_base: int) -> dict[str, bytes]:
-    """`hf_side_files` without tokenizer.json; `num_base`: tokens before the special ones."""
-    ids = ids_behind(num_base)
-    objects: dict[str, dict[str, Any]] = {
-        "tokenizer_config.json": NAMED_TOKENS | {
+def small_files(arch: Arch) -> dict[str, bytes]:
+    """All of them but the tokenizer."""
+    t = arch.text
+    files: dict[str, Any] = {
+        "tokenizer_config.json": NAMES | {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": arch.text.max_position_embeddings, "clean_up_tokenization_spaces": False,
+            "model_max_length": t.max_position_embeddings, "clean_up_tokenization_spaces": False,
         },
-        "special_tokens_map.json": NAMED_TOKENS,
+        "special_tokens_map.json": NAMES,
         "generation_config.json": {
-            "bos_token_id": ids[BOS], "eos_token_id": [ids[token] for token in STOP_TOKENS], "pad_token_id": ids[PAD],
+            "bos_token_id": t.bos_token_id, "eos_token_id": list(t.eos_token_ids), "pad_token_id": t.pad_token_id,
             "do_sample": True, "temperature": 0.6, "top_p": 0.9,
         },
     }  # fmt: skip
     if arch.vision is not None:
-        objects |= _processor(arch.vision)
-    files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in objects.items()}
-    return files | {"chat_template.jinja": CHAT_TEMPLATE.encode()}
+        files |= _processor_files(arch.vision)
+    made = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    return made | {"chat_template.jinja": CHAT_TEMPLATE.encode()}
 
 
-def _processor(vision: VisionArch) -> dict[str, dict[str, Any]]:
-    """What transformers' Llama4Processor and Llama4ImageProcessor are made from (the latter needs torchvision)."""
+def _processor_files(vision: VisionArch) -> dict[str, Any]:
+    side = {"height": vision.image_size, "width": vision.image_size}
     return {
         "preprocessor_config.json": {
-            "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
-            "size": {"height": vision.image_size, "width": vision.image_size}, "max_patches": MAX_TILES,
+            "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor", "size": side,
             "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "resize_to_max_canvas": False,
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_patches": MAX_TILES, "rescale_factor": 1 / 255,
+            "resize_to_max_canvas": False,
         },
         "processor_config.json": {
             "processor_class": "Llama4Processor", "patch_size": vision.patch_size, "image_token": IMAGE,
@@ -75,7 +82,7 @@ def check_fits(arch: Arch, num_base: int, where: str) -> None:
 
     Raises CheckpointError; `where` names the tokenizer's file.
     """
-    text, ids = arch.text, ids_behind(num_base)
+    text, ids = arch.text, special_ids(num_base)
     if num_base + NUM_SPECIAL > text.vocab_size:
         raise CheckpointError(
             f"{where} has {num_base:,} tokens and {NUM_SPECIAL:,} special ones, the model's vocab_size is "

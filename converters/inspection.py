@@ -16,9 +16,11 @@ from typing import Any
 from converters.companions import licence_facts, tokenizer_facts
 from converters.folding import fold, ranges
 from converters.names import canonical_shapes
+from converters.piece_reader import PieceReader
 from converters.quant_config import LinearFormat, parse_quantization
 from converters.safetensors_io import DTYPE_NAMES
 from converters.survey import LAYOUTS, META, QUANTO, Survey
+from converters.table_reader import TableReader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import L4Error, UsageError
 
@@ -99,12 +101,18 @@ def class_label(name: str) -> str:
 
 
 def _tensors(found: Survey, stored_names: bool) -> list[dict[str, Any]]:
+    if found.foreign is not None:
+        stored = found.foreign.stored_tensors() if stored_names else []
+        return [_entry(t.name, t.name, t.shape, t.dtype, t.nbytes, t.file) for t in stored] or _canonical(found.foreign)
     if found.shards is None:
         return []
     if stored_names or found.reader is None:
         stored = sorted(found.shards.stored.values(), key=lambda tensor: (tensor.file.name, tensor.start))
         return [_entry(t.name, t.name, t.shape, t.dtype, t.nbytes, t.file) for t in stored]
-    reader = found.reader
+    return _canonical(found.reader)
+
+
+def _canonical(reader: TableReader | PieceReader) -> list[dict[str, Any]]:
     return [
         _entry(info.name, reader.stored_name(info.name), info.shape, info.dtype, info.nbytes, info.file)
         for info in reader.tensors().values()
@@ -145,6 +153,8 @@ def _classes(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _weight_files(found: Survey) -> list[Path]:
+    if found.foreign is not None:
+        return found.foreign.weight_files()
     if found.layout == META:
         return sorted(found.path.glob("consolidated.*.pth"))
     return sorted(found.shards.files) if found.shards is not None else []

@@ -1,11 +1,14 @@
 """The one table of tensor names: what a file calls each tensor, its stored shape, and what it is canonically.
 
-A row says: the stored tensor `stored` of shape `shape` holds the canonical tensors `parts`. A row without parts is a
-deliberate drop. A name without a row is an error. Shapes use the dimension legend of `l4tool/core/arch.py`.
+A row says: the stored tensor `stored` of shape `shape` holds the canonical tensors, or pieces of them, that `parts`
+names. A row without parts is a deliberate drop. A name without a row is an error. The same rows serve for reading
+(canonical out of stored) and for writing (stored out of canonical). Shapes use the dimension legend of
+`l4tool/core/arch.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,17 +22,37 @@ MULTIMODAL_HF, TEXT_HF, PER_EXPERT, COMPRESSED = "hf", "hf-text", "per-expert", 
 
 @dataclass(frozen=True)
 class Part:
-    """One canonical tensor inside a stored one.
+    """One canonical tensor, or a piece of it, inside a stored one.
 
-    `expert` None: the stored tensor itself. Otherwise the stored tensor is [E, in, out'] and the canonical
-    [out, in] tensor is `stored[expert, :, start:stop].T`.
+    Both are seen as matrices: all dimensions but the last flattened, and a vector [n] as [n, 1]. The piece is canonical
+    rows × cols (None: all of them), and it lies in the stored tensor with its first element at (`row`, `col`), turned
+    where `transposed`.
     """
 
     name: str
-    shape: tuple[int, ...]
-    expert: int | None = None
-    start: int = 0
-    stop: int = 0
+    shape: tuple[int, ...]  # of the whole canonical tensor
+    row: int = 0
+    col: int = 0
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    cols: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, cols) of the piece, canonical orientation."""
+        height, width = as_matrix(self.shape)
+        rows, cols = self.rows or (0, height), self.cols or (0, width)
+        return rows[1] - rows[0], cols[1] - cols[0]
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(rows, cols) that the piece takes in the stored tensor."""
+        height, width = self.size
+        return (width, height) if self.transposed else (height, width)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == as_matrix(self.shape)
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,13 @@ class Row:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     required: bool = True
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, cols) of a tensor seen as a matrix: leading dimensions flattened, a vector as one column."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def is_linear(name: str) -> bool:
@@ -113,9 +143,10 @@ def _moe_rows(base: str, t: TextArch) -> Iterator[Row]:
     hidden, inner = t.hidden_size, t.intermediate_size
     gate_up, down = [], []
     for e in range(t.num_experts):
-        gate_up.append(Part(f"{base}experts.{e}.gate_proj.weight", (inner, hidden), e, 0, inner))
-        gate_up.append(Part(f"{base}experts.{e}.up_proj.weight", (inner, hidden), e, inner, 2 * inner))
-        down.append(Part(f"{base}experts.{e}.down_proj.weight", (hidden, inner), e, 0, hidden))
+        expert = f"{base}experts.{e}."
+        gate_up.append(Part(f"{expert}gate_proj.weight", (inner, hidden), e * hidden, 0, transposed=True))
+        gate_up.append(Part(f"{expert}up_proj.weight", (inner, hidden), e * hidden, inner, transposed=True))
+        down.append(Part(f"{expert}down_proj.weight", (hidden, inner), e * inner, 0, transposed=True))
     yield Row(base + "experts.gate_up_proj", (t.num_experts, hidden, 2 * inner), tuple(gate_up))  # [E, H, 2I]
     yield Row(base + "experts.down_proj", (t.num_experts, inner, hidden), tuple(down))  # [E, I, H]
     yield _whole(base + "router.weight", t.num_experts, hidden)  # [E, H]

@@ -18,9 +18,16 @@ from l4tool.core.errors import CheckpointError
 LINEAR = ("Linear", "Module")
 ROUTER = ("Llama4Router", *LINEAR)
 EMBEDDING = ("Embedding", "Module")
-HINT = "start from the unquantized checkpoint, or from one with symmetric INT4 groups or per-channel FP8"
-FORMATS = {"int4": ("pack-quantized",), "fp8": ("float-quantized", "naive-quantized")}
+HINT = "`l4tool convert SRC -o OUT --to hf` makes plain weights of it, which everything else takes"
+NO_HINT = "start from the unquantized checkpoint"
+FOREIGN = "foreign"
+FORMATS = {
+    "int4": ("pack-quantized",), "fp8": ("float-quantized", "naive-quantized"),
+    FOREIGN: ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+}  # fmt: skip
+PACKED_BITS = (4, 8)  # widths that every version of the library packs alike
 NOT_STORED = (None, False, "weight", "static")  # activation orders that only steer calibration
+STORED = (True, "group", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,21 @@ class LinearFormat:
 
     kind "int4" (strategy "group"): `weight_packed` int32 [out, in/8], `weight_scale` [out, in/group_size],
     `weight_shape` int [2]. kind "fp8" (strategy "channel"): `weight` float8_e4m3fn [out, in], `weight_scale` [out, 1].
+    Both can be computed with. kind "foreign" can only be dequantized: anything else that `converters/compressed.py` has
+    parts for.
     """
 
     kind: str
     num_bits: int
-    strategy: str
+    strategy: str  # group, channel, tensor, block: what shares a scale
     group_size: int | None
-    symmetric: bool
+    symmetric: bool  # False: `weight_zero_point`
     dynamic_activations: bool  # activations are quantized per token to FP8 at run time
+    number: str = "int"  # or "float"
+    packed: bool = True  # several codes in an int32
+    reordered: bool = False  # `weight_g_idx` [in] says which group an input belongs to
+    block: tuple[int, int] | None = None  # rows and columns that share a scale
+    static_activations: bool = False  # `input_scale`, which weights do not need
 
 
 @dataclass(frozen=True)
@@ -61,30 +75,31 @@ class QuantizationSpec:
         return next((self.targets[name] for name in sorted(classes) if name in self.targets), None)
 
 
-def parse_quantization(config: Mapping[str, Any], where: str) -> QuantizationSpec:
+def parse_quantization(config: Mapping[str, Any], where: str, foreign: bool = False) -> QuantizationSpec:
     """quantization_config's object → QuantizationSpec.
 
-    Raises CheckpointError for another quantization method, a feature that is not supported (named), or a bad value.
+    `foreign`: formats that can only be dequantized are let through. Raises CheckpointError for another quantization
+    method, a feature that is not supported (named), or a bad value.
     """
     f = Fields(config, f"{where}: quantization_config")
     method = f.string("quant_method")
     if method != "compressed-tensors":
-        raise _unsupported(f, f"quant_method {method!r}")
+        raise _unsupported(f, f"quant_method {method!r}", NO_HINT)
     status = f.string("quantization_status", "compressed")
-    if status != "compressed":
+    if status != "compressed" and not (foreign and status == "frozen"):
         raise _unsupported(f, f"quantization_status {status!r}")
-    _refuse_extras(f)
+    _refuse_extras(f, foreign)
     groups = f.child("config_groups")
     if groups is None or not groups.values:
         raise f.bad("config_groups", "an object with at least one group")
     targets: dict[str, LinearFormat] = {}
     for name in groups.values:
         if isinstance(groups.values[name], list):
-            raise _unsupported(groups, f"preset group {name!r}")
+            raise _unsupported(groups, f"preset group {name!r}", NO_HINT)
         group = groups.child(name)
         if group is None:
             raise groups.bad(name, "an object")
-        scheme = _group_format(group, f.string("format"))
+        scheme = _group_format(group, f.string("format"), foreign)
         targets.update(dict.fromkeys(_strings(group, "targets"), scheme))
     ignore = _strings(f, "ignore")
     patterns = sorted(target for target in targets if target.startswith("re:"))
@@ -96,55 +111,81 @@ def parse_quantization(config: Mapping[str, Any], where: str) -> QuantizationSpe
     )
 
 
-def _refuse_extras(f: Fields) -> None:
+def _refuse_extras(f: Fields, foreign: bool) -> None:
     """Features that change how weights or the cache are stored, and that this tool does not read."""
-    if f.get("kv_cache_scheme") is not None:
+    if f.get("kv_cache_scheme") is not None and not foreign:
         raise _unsupported(f, "a quantized KV cache (kv_cache_scheme)")
     sparsity = f.child("sparsity_config")
     if sparsity is not None and sparsity.string("format", "dense") != "dense":
-        raise _unsupported(f, f"sparsity format {sparsity.string('format')!r}")
+        raise _unsupported(f, f"sparsity format {sparsity.string('format')!r}", NO_HINT)
     transform = f.child("transform_config")
     if transform is not None and transform.get("config_groups"):
-        raise _unsupported(f, "transforms (transform_config)")
+        raise _unsupported(f, "transforms (transform_config)", NO_HINT)
 
 
-def _group_format(group: Fields, default_format: str | None) -> LinearFormat:
+def _group_format(group: Fields, default_format: str | None, foreign: bool) -> LinearFormat:
     weights = group.child("weights")
     if weights is None:
-        raise _unsupported(group, "a group that quantizes activations only")
-    if group.get("output_activations") is not None:
+        raise _unsupported(group, "a group that quantizes activations only", NO_HINT)
+    if group.get("output_activations") is not None and not foreign:
         raise _unsupported(group, "output_activations")
-    kind = _kind(weights)
-    activations = _dynamic_activations(group)
-    if kind == "int4" and activations:
-        raise _unsupported(group, "INT4 weights with quantized activations")
+    kind, problem = _kind(weights)
+    if kind == FOREIGN and not foreign:
+        raise _unsupported(weights, problem)
+    activations, static = _activations(group, foreign)
+    if kind == "int4" and group.get("input_activations") is not None:
+        if not foreign:
+            raise _unsupported(group, "INT4 weights with quantized activations")
+        kind = FOREIGN
     stored_as = group.string("format") or default_format
     if stored_as not in (None, "mixed-precision", *FORMATS[kind]):
-        raise _unsupported(group, f"format {stored_as!r} for {kind} weights")
-    group_size = weights.integer("group_size") if kind == "int4" else None
-    if group_size is not None and group_size % 8:
-        raise weights.bad("group_size", "a multiple of 8")
-    strategy = "group" if kind == "int4" else "channel"
-    return LinearFormat(kind, 4 if kind == "int4" else 8, strategy, group_size, True, activations)
+        raise _unsupported(group, f"format {stored_as!r} for {kind} weights", NO_HINT)
+    return _linear_format(weights, kind, stored_as, activations, static)
 
 
-def _kind(w: Fields) -> str:
-    """ "int4" or "fp8"; any other combination is an error that names the feature."""
+def _linear_format(w: Fields, kind: str, stored_as: str | None, activations: bool, static: bool) -> LinearFormat:
+    bits, number, strategy = _scheme(w)
+    group_size = w.integer("group_size") if strategy == "group" else None
+    if kind == "int4" and group_size is not None and group_size % 8:
+        raise w.bad("group_size", "a multiple of 8")
+    if kind == "int4":
+        return LinearFormat(kind, bits, strategy, group_size, True, False)
+    if kind == "fp8":
+        return LinearFormat(kind, bits, strategy, None, True, activations, "float", packed=False)
+    packed = number == "int" and stored_as in (None, "mixed-precision", "pack-quantized")
+    block = w.integers("block_structure", low=1) if strategy == "block" else None
+    if strategy == "block" and (block is None or len(block) != 2):
+        raise w.bad("block_structure", "two integers")
+    return LinearFormat(
+        kind, bits, strategy, group_size, w.flag("symmetric", True), activations, number, packed,
+        reordered=w.get("actorder") in STORED, block=(block[0], block[1]) if block else None, static_activations=static,
+    )  # fmt: skip
+
+
+def _scheme(w: Fields) -> tuple[int, str, str]:
+    """(bits, "int" or "float", strategy)."""
     bits, number = w.integer("num_bits", 8), (w.string("type", "int") or "").lower()
-    strategy = (w.string("strategy") or _implied_strategy(w)).lower()
-    if not w.flag("symmetric", True):
-        raise _unsupported(w, "asymmetric weights (zero points)")
+    return bits, number, (w.string("strategy") or _implied_strategy(w)).lower()
+
+
+def _kind(w: Fields) -> tuple[str, str]:
+    """("int4" or "fp8", ""), or ("foreign", the feature that makes it so); other combinations are an error."""
+    bits, number, strategy = _scheme(w)
     if w.get("dynamic", False) is not False:
-        raise _unsupported(w, "dynamically quantized weights")
-    order = w.get("actorder")
-    if order not in NOT_STORED:
-        raise _unsupported(w, f"activation ordering (actorder {order!r})")
-    found = (bits, number, strategy)
-    if found == (4, "int", "group"):
-        return "int4"
-    if found == (8, "float", "channel"):
-        return "fp8"
-    raise _unsupported(w, f"{bits}-bit {number} weights with strategy {strategy!r}")
+        raise _unsupported(w, "dynamically quantized weights", NO_HINT)
+    order, words = w.get("actorder"), f"{bits}-bit {number} weights with strategy {strategy!r}"
+    if order not in (*NOT_STORED, *STORED):
+        raise _unsupported(w, f"activation ordering (actorder {order!r})", NO_HINT)
+    integers = number == "int" and bits in PACKED_BITS and strategy in ("group", "channel", "tensor")
+    floats = number == "float" and bits == 8 and strategy in ("channel", "tensor", "block")
+    if not integers and not floats:
+        raise _unsupported(w, words, NO_HINT)
+    if not w.flag("symmetric", True):
+        return FOREIGN, "asymmetric weights (zero points)"
+    if order in STORED:
+        return FOREIGN, f"activation ordering (actorder {order!r})"
+    found = {(4, "int", "group"): "int4", (8, "float", "channel"): "fp8"}.get((bits, number, strategy))
+    return (found, "") if found else (FOREIGN, words)
 
 
 def _implied_strategy(w: Fields) -> str:
@@ -152,17 +193,21 @@ def _implied_strategy(w: Fields) -> str:
     return "group" if size > 0 else "channel" if size == -1 else "tensor"
 
 
-def _dynamic_activations(group: Fields) -> bool:
-    """False: activations stay as they are. True: FP8 per token. Anything else is not supported."""
+def _activations(group: Fields, foreign: bool) -> tuple[bool, bool]:
+    """(FP8 per token at run time, a static scale is stored). Weights as floats need neither."""
     a = group.child("input_activations")
     if a is None:
-        return False
+        return False, False
     if a.get("dynamic", False) is not True:
-        raise _unsupported(a, "static activation scales")
+        if not foreign:
+            raise _unsupported(a, "static activation scales")
+        return False, True
     found = (a.integer("num_bits", 8), (a.string("type", "int") or "").lower(), (a.string("strategy") or "").lower())
-    if found != (8, "float", "token") or not a.flag("symmetric", True):
+    if found == (8, "float", "token") and a.flag("symmetric", True):
+        return True, False
+    if not foreign:
         raise _unsupported(a, f"{found[0]}-bit {found[1]} activations with strategy {found[2]!r}")
-    return True
+    return False, False
 
 
 def _strings(f: Fields, name: str) -> list[str]:
@@ -179,5 +224,6 @@ def _compile(f: Fields, target: str) -> re.Pattern[str]:
         raise CheckpointError(f"{f.where}: {target!r} is not a regular expression: {error}") from error
 
 
-def _unsupported(f: Fields, feature: str) -> CheckpointError:
-    return CheckpointError(f"{f.where}: {feature} cannot be read by this version", hint=HINT)
+def _unsupported(f: Fields, feature: str, hint: str = HINT) -> CheckpointError:
+    what = "cannot be computed with" if hint == HINT else "cannot be read by this version"
+    return CheckpointError(f"{f.where}: {feature} {what}", hint=hint)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from converters.names import Part
 from converters.quant_config import LinearFormat
 from l4tool.core.arch import Arch
 
@@ -50,6 +51,7 @@ class Reader(Protocol):
     quantization: dict[str, Any] | None  # config.json's quantization_config, as it stands
     config: dict[str, Any]  # config.json, as it stands
     dtype: torch.dtype  # of the unquantized weights
+    computes: bool = False  # `read` computes values: reading the same rows twice costs twice
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every canonical tensor by name, in a stable order."""
@@ -60,6 +62,14 @@ class Reader(Protocol):
         so it may be strided (a fused expert is stored [in, out]) and must not be written to."""
         ...
 
+    def pieces(self, name: str, rows: slice) -> list[tuple[Part, torch.Tensor]]:
+        """A tensor of which at least these rows (of a matrix) are wanted, as the pieces that lie together: [rows, cols]
+        of each `Part`, zero-copy as in `read`. KeyError if unknown."""
+        shape = self.tensors()[name].shape
+        if len(shape) != 2:
+            return [(Part(name, shape), self.read(name))]
+        return [(Part(name, shape, rows=(rows.start, rows.stop)), self.read(name, rows))]
+
     def extent(self, name: str) -> Extent:
         """Where the bytes behind a tensor lie, for whoever reads them by other ways. KeyError if unknown."""
         ...
@@ -68,8 +78,11 @@ class Reader(Protocol):
         """What `read(name)` gives, out of a copy of its extent's bytes (uint8), sharing their memory."""
         ...
 
-    def prefetch(self, name: str) -> None:
-        """Start reading a tensor's bytes (of the whole expert for a fused one) into the page cache; returns at once."""
+    def prefetch(self, name: str, rows: slice | None = None) -> None:
+        """Start reading a tensor's bytes (of the whole expert for a fused one) into the page cache; returns at once.
+
+        With the first of its `rows` the whole tensor is asked for, with later ones nothing more.
+        """
         ...
 
     def release(self, name: str) -> None:
@@ -83,6 +96,10 @@ class Reader(Protocol):
     def side_files(self) -> list[Path]:
         """Files to copy beside derived weights: tokenizer, chat template, processor and generation config, licence."""
         ...
+
+    def made_files(self) -> dict[str, bytes]:
+        """Such files by name, in Hugging Face's form, where the layout holds them in another; {} in that form."""
+        return {}
 
     def weight_files(self) -> list[Path]:
         """The files that hold tensors, sorted by name."""

@@ -1,25 +1,21 @@
 """safetensors files: the header, strictly checked, and zero-copy views of the mapped file.
 
 Layout: 8 bytes little-endian header length, that many bytes of JSON (name → dtype, shape, data_offsets), then the
-tensors' bytes. Opening reads the header only; the file is mapped when the first tensor is read.
+tensors' bytes. Opening reads the header only.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import threading
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.fields import parse_json
+from converters.mapped import MappedFile, StoredTensor
 from l4tool.core.errors import CheckpointError, InputMissing
-from l4tool.core.placeholder import require_contents
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES: dict[str, torch.dtype] = {
@@ -29,80 +25,13 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# torch warns once per process that a read-only buffer must not be written to; it never is.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as one file holds it: bytes [start, stop) of `file`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    file: Path
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-class SafetensorsFile:
-    """One open file. Views stay valid after close(): the map lives as long as the last of them.
-
-    Safe for reading from several threads. Raises CheckpointError for anything wrong with the header or the size.
-    """
+class SafetensorsFile(MappedFile):
+    """One open file. Raises CheckpointError for anything wrong with the header or the size."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors, self.metadata = read_header(path)
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
-
-    def view(self, name: str) -> torch.Tensor:
-        """The whole tensor, zero-copy and read-only by contract (a copy only where its offset is not aligned)."""
-        stored = self.tensors[name]
-        if stored.nbytes == 0:
-            return torch.empty(stored.shape, dtype=stored.dtype)
-        mapped = self._mapped()
-        if stored.start % stored.dtype.itemsize:
-            raw = bytearray(mapped[stored.start : stored.stop])
-            return torch.frombuffer(raw, dtype=stored.dtype).view(stored.shape)
-        count = stored.nbytes // stored.dtype.itemsize
-        return torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=stored.start).view(stored.shape)
-
-    def prefetch(self, start: int, stop: int) -> None:
-        """Ask the kernel to read file bytes [start, stop) into the page cache; returns at once."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > first:
-            self._mapped().madvise(mmap.MADV_WILLNEED, first, stop - first)
-
-    def release(self, start: int, stop: int) -> None:
-        """Let the kernel drop the mapped pages of file bytes [start, stop); later reads fetch them again."""
-        page = mmap.PAGESIZE
-        first, last = -(-start // page) * page, stop // page * page
-        if self._map is not None and last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    def close(self) -> None:
-        """Let go of the map; unmapping it here would pull it from under the views that are still in use."""
-        with self._lock:
-            self._map = None
-
-    def _mapped(self) -> mmap.mmap:
-        with self._lock:
-            if self._map is None:
-                require_contents(self.path)
-                try:
-                    with open(self.path, "rb") as file:
-                        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except OSError as error:
-                    raise InputMissing(f"cannot read {self.path}: {error.strerror or error}") from error
-            return self._map
+        tensors, self.metadata = read_header(path)
+        super().__init__(path, tensors)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -12,11 +12,16 @@ from converters.detect import open_checkpoint
 from converters.fields import read_json_object
 from converters.findings import Collector, Finding, of_error
 from converters.folder import Shards
+from converters.gguf import is_gguf, open_gguf
+from converters.mapped import MappedFile
+from converters.meta import is_meta, open_meta
+from converters.piece_reader import PieceReader
+from converters.reader import Reader
 from converters.table_reader import TableReader
 from l4tool.core.arch import Arch
 from l4tool.core.errors import EXIT_NO_INPUT, InputMissing, L4Error
 
-META, QUANTO, UNKNOWN = "meta", "quanto", "unknown"
+META, GGUF, QUANTO, UNKNOWN = "meta", "gguf", "quanto", "unknown"
 LAYOUTS = {
     "hf": "Hugging Face, multimodal",
     "hf-text": "Hugging Face, text only",
@@ -24,6 +29,7 @@ LAYOUTS = {
     "compressed-tensors": "compressed-tensors",
     QUANTO: "optimum-quanto",
     META: "Meta (params.json, consolidated.*.pth)",
+    GGUF: "GGUF (llama.cpp)",
     UNKNOWN: "not recognised",
 }
 JOURNAL = "l4tool-journal.jsonl"
@@ -32,7 +38,7 @@ JOURNAL = "l4tool-journal.jsonl"
 @dataclass(frozen=True)
 class Survey:
     """`reader` where config.json and its quantization can be read; `arch` and `shards` as far as each alone can be.
-    `config` is config.json, in Meta's layout params.json.
+    `config` is config.json, in Meta's layout params.json. `foreign`: the reader of a layout that is not Hugging Face's.
 
     `findings`: everything that is wrong with config, files, names, shapes and dtypes.
     """
@@ -44,14 +50,30 @@ class Survey:
     shards: Shards | None
     reader: TableReader | None
     findings: list[Finding]
+    foreign: PieceReader | None = None
+
+    @property
+    def readable(self) -> Reader | None:
+        """The reader, whatever the layout; None where it could not be opened."""
+        return self.reader or self.foreign
+
+    def weight_files(self) -> dict[Path, MappedFile]:
+        """Every weight file that could be opened."""
+        if self.foreign is not None:
+            return self.foreign.mapped_files()
+        return dict(self.shards.files) if self.shards is not None else {}
 
     def close(self) -> None:
+        if self.foreign is not None:
+            self.foreign.close()
         if self.shards is not None:
             self.shards.close()
 
 
 def survey(path: Path) -> Survey:
     """Look at a folder through its headers; no weight is read. Raises InputMissing for what is no readable folder."""
+    if is_gguf(path):
+        return _foreign(path, GGUF)
     try:
         os.listdir(path)
     except OSError as error:
@@ -60,7 +82,7 @@ def survey(path: Path) -> Survey:
     noted = Collector()
     config, arch = _config(path, noted)
     if is_meta(path) and not config:
-        return Survey(path, META, None, _params(path), None, None, [])
+        return _foreign(path, META)
     if (path / "quantization_map.json").exists():
         shards = Shards(path, noted)
         _loose_ends(path, shards, noted)
@@ -72,9 +94,16 @@ def survey(path: Path) -> Survey:
     return Survey(path, layout, arch, config, shards, reader, noted.findings)
 
 
-def is_meta(path: Path) -> bool:
-    """Meta's own layout: params.json and pickled tensor-parallel shards."""
-    return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
+def _foreign(path: Path, layout: str) -> Survey:
+    """A layout that is read in one piece or not at all."""
+    noted = Collector()
+    reader: PieceReader | None = None
+    try:
+        reader = open_gguf(path) if layout == GGUF else open_meta(path)
+    except L4Error as error:
+        noted(error, [of_error(error, "checkpoint", path)])
+    config = _params(path) if layout == META else reader.config if reader is not None else {}
+    return Survey(path, layout, reader.arch if reader else None, config, None, None, noted.findings, reader)
 
 
 def _params(path: Path) -> dict[str, Any]:

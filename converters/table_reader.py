@@ -13,13 +13,13 @@ import torch
 from converters.folder import CheckpointFolder
 from converters.names import EMBEDDING, LM_HEAD, Part, Row
 from converters.quant_config import LinearFormat
-from converters.reader import Extent, TensorInfo
+from converters.reader import Extent, Reader, TensorInfo
 from converters.safetensors_io import SafetensorsFile
 from converters.transforms import part_view
 from l4tool.core.arch import Arch
 
 
-class TableReader:
+class TableReader(Reader):
     """Reads a folder through `rows`. See `converters.reader.Reader` for the contract; safe for several threads.
 
     `dtypes`: stored name → the dtypes it may have, where that is not the config's dtype. `formats`: canonical Linear
@@ -46,6 +46,7 @@ class TableReader:
         plain, dtypes = (self.dtype,), dtypes or {}
         expected = {row.stored: (row.shape, dtypes.get(row.stored, plain)) for row in rows}
         sound = folder.check(expected, {row.stored for row in rows if not row.required})
+        self.rows = [row for row in rows if row.stored in sound]
         self._where: dict[str, tuple[str, Part]] = {
             part.name: (row.stored, part) for row in rows if row.stored in sound for part in row.parts
         }
@@ -63,7 +64,13 @@ class TableReader:
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A zero-copy view, [out, in] for every Linear; a fused expert gives a strided one. KeyError if unknown."""
         stored, part = self._find(name)
-        return part_view(self.folder.view(stored), part, rows)
+        tensor = part_view(self.folder.view(stored), part)
+        return tensor if rows is None else tensor[rows]
+
+    def pieces(self, name: str, rows: slice) -> list[tuple[Part, torch.Tensor]]:
+        """All of it as one piece, which costs no more than its rows. KeyError if unknown."""
+        tensor = self.read(name)
+        return [(Part(name, tuple(tensor.shape)), tensor)]
 
     def extent(self, name: str) -> Extent:
         """Where the bytes behind a tensor lie (all of the expert's for a fused one). KeyError if unknown."""
@@ -76,12 +83,14 @@ class TableReader:
         stored, part = self._find(name)
         tensor = self.folder.stored[stored]
         aligned = raw if raw.data_ptr() % tensor.dtype.itemsize == 0 else raw.clone()
-        if part.expert is None:
+        if not part.transposed:
             return aligned.view(tensor.dtype).view(tensor.shape)
-        return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, expert=0))
+        return part_view(aligned.view(tensor.dtype).view(1, *tensor.shape[1:]), replace(part, row=0))
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice | None = None) -> None:
         """Start reading a tensor's bytes (all of the expert's for a fused one) into the page cache."""
+        if rows is not None and rows.start:
+            return  # asked for with its first rows
         file, start, stop = self._bytes_of(name)
         file.prefetch(start, stop)
 
@@ -123,8 +132,8 @@ class TableReader:
         stored, part = self._find(name)
         tensor = self.folder.stored[stored]
         start, stop = tensor.start, tensor.stop
-        if part.expert is not None:
-            per_expert = tensor.nbytes // tensor.shape[0]
-            start += part.expert * per_expert
-            stop = start + per_expert
+        if part.transposed:  # one expert's rows of a fused tensor [E, in, out']
+            per_row = tensor.shape[-1] * tensor.dtype.itemsize
+            start += part.row * per_row
+            stop = start + tensor.shape[-2] * per_row
         return self.folder.files[tensor.file], start, stop

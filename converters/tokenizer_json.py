@@ -1,36 +1,17 @@
-"""Meta's tokenizer.model ↔ Hugging Face's tokenizer.json.
-
-Why the merges of `all_merges` give exactly tiktoken's tokens. Both start from bytes and merge, again and again, the
-pair that comes first: for tiktoken the one whose joined token has the lowest rank, for a tokenizer.json the one that
-stands first in its list, and of equals the leftmost. The list has every way to split every token in two, ordered by
-the joined token's rank, so the two can only differ between different splits of one token. But a token's own bytes are
-merged in the same order wherever it stands (no merge has crossed its ends, or it could not come about), so there is
-only one split by which it ever comes about, its last one, and the others never matter. A piece of text that is a
-token as a whole is not merged at all by tiktoken: `ignore_merges` says the same.
-"""
+"""Hugging Face's tokenizer.json → Meta's tokenizer.model, where tiktoken gives the same tokens with it."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
 from typing import Any
 
 from converters.fields import parse_json
-from converters.llama4_tokens import BOS, NUM_SPECIAL, SPLIT, is_reserved, special_ids
-from converters.tiktoken_file import MAX_TOKENS, read_tokens, write_tokens
+from converters.tiktoken_bpe import MAX_TOKENS, PRE_TOKENIZER, splits, write_ranks
 from l4tool.core.byte_level import BYTE_OF_CHAR, spell, unspell
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import NUM_SPECIAL, is_reserved, special_ids
 
 _HINT = "Meta's tokenizer.model holds a byte-level vocabulary only; give the tokenizer.json of a Llama 4 checkpoint"
-PRE_TOKENIZER: dict[str, Any] = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
-}
-DECODER: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 _TAKES_NEIGHBOURS = ("single_word", "lstrip", "rstrip")
 # What changes the tokens of a BPE model, and its neutral values.
 _PLAIN_MODEL: dict[str, tuple[Any, ...]] = {
@@ -41,76 +22,6 @@ _PLAIN_MODEL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def tokenizer_json(model: bytes, where: str = "tokenizer.model") -> bytes:
-    """The contents of tokenizer.json for those of Meta's tokenizer.model. CheckpointError: see `read_tokens`."""
-    return tokenizer_json_of(read_tokens(model, where))
-
-
-def tokenizer_json_of(tokens: Sequence[bytes]) -> bytes:
-    """tokenizer.json for a base vocabulary in the order of its ids; Llama 4's 2048 special tokens follow it."""
-    ids = special_ids(len(tokens))
-    spelled = [spell(token) for token in tokens]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    contents = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": index, "content": token, **flags} for token, index in ids.items()],
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZER,
-        "post_processor": _post_processor(ids[BOS]),
-        "decoder": DECODER,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {token: rank for rank, token in enumerate(spelled)},
-            "merges": [(spelled[left], spelled[right]) for left, right in all_merges(tokens)],
-        },
-    }
-    return json.dumps(contents, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def all_merges(tokens: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Every split of every token into two tokens, as their ids: by the token's id, then by the left and right one's."""
-    rank_of = {token: rank for rank, token in enumerate(tokens)}
-    return [pair for token in tokens for pair in _splits(token, rank_of)]
-
-
-def _splits(token: bytes, rank_of: dict[bytes, int]) -> list[tuple[int, int]]:
-    """(rank of the left part, rank of the right part), sorted."""
-    pairs = []
-    for at in range(1, len(token)):
-        left, right = rank_of.get(token[:at]), rank_of.get(token[at:])
-        if left is not None and right is not None:
-            pairs.append((left, right))
-    return sorted(pairs) if len(pairs) > 1 else pairs
-
-
-def _post_processor(bos_id: int) -> dict[str, Any]:
-    """`<|begin_of_text|>` before every text, where special tokens are asked for."""
-
-    def begin(type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": BOS, "type_id": type_id}}
-
-    def text(name: str, type_id: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": type_id}}
-
-    template = {
-        "type": "TemplateProcessing",
-        "single": [begin(0), text("A", 0)],
-        "pair": [begin(0), text("A", 0), begin(1), text("B", 1)],
-        "special_tokens": {BOS: {"id": BOS, "ids": [bos_id], "tokens": [BOS]}},
-    }
-    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    return {"type": "Sequence", "processors": [byte_level, template]}
-
-
 def tokenizer_model(contents: bytes | str, where: str = "tokenizer.json") -> bytes:
     """The contents of Meta's tokenizer.model for those of a Llama 4 tokenizer.json.
 
@@ -118,7 +29,7 @@ def tokenizer_model(contents: bytes | str, where: str = "tokenizer.json") -> byt
     BPE with Llama 4's pattern, ids with gaps, merges in another order than the ids, or special tokens that are not
     Llama 4's, behind the base vocabulary (those named reserved may be missing or numbered otherwise).
     """
-    return write_tokens(base_tokens(contents, where))
+    return write_ranks(base_tokens(contents, where))
 
 
 def base_tokens(contents: bytes | str, where: str = "tokenizer.json") -> list[bytes]:
@@ -172,10 +83,11 @@ def _added_tokens(entries: Any, where: str) -> dict[str, int]:
     """Spelling → id of the added tokens."""
     added: dict[str, int] = {}
     for entry in entries if isinstance(entries, list) else [None]:
-        token, index = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        fields = entry if isinstance(entry, dict) else {}
+        token, index = fields.get("content"), fields.get("id")
         if not isinstance(token, str) or not isinstance(index, int) or isinstance(index, bool) or token in added:
             raise _unfit(where, f"added_tokens holds {str(entry)[:80]!r}")
-        if any(entry.get(flag) for flag in _TAKES_NEIGHBOURS):
+        if any(fields.get(flag) for flag in _TAKES_NEIGHBOURS):
             raise _unfit(
                 where, f"the added token {token[:40]!r} takes or wants white space beside it; tiktoken's do not"
             )
@@ -250,8 +162,7 @@ def _check_merges(model: dict[str, Any], tokens: list[bytes], where: str) -> Non
         last = joined
     whole_pieces = model.get("ignore_merges") is True
     for rank, token in enumerate(tokens):
-        splits = _splits(token, rank_of)
-        if len(token) == 1 or (whole_pieces and listed.issuperset(splits)):
+        if len(token) == 1 or (whole_pieces and listed.issuperset(splits(token, rank_of))):
             continue
         parts = _last_split(token, rank_of)
         if parts is None and not whole_pieces:

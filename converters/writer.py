@@ -18,7 +18,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,17 +53,25 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file: `header` (with its length prefix, padded to 8 bytes), then each tensor at its offset."""
+    """One file, whatever its format: `header` at its beginning, each tensor at its offset, `rest` in between or behind.
+
+    `header` never changes, and a file that begins with it and has the planned size is a file of this plan.
+    `crc_at`: tensor → offsets of 4-byte little-endian fields in `rest` that take the CRC-32 of its bytes when all are
+    there (the ZIP container of `.pth` files).
+    """
 
     file_name: str
     specs: tuple[TensorSpec, ...]
     header: bytes
     starts: dict[str, int] = field(compare=False)  # name → absolute byte offset
+    rest: tuple[tuple[int, bytes], ...] = ()  # (absolute offset, bytes)
+    crc_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
         """Size of the finished file."""
-        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+        ends = [self.starts[spec.name] + spec.nbytes for spec in self.specs]
+        return max([len(self.header), *ends, *(at + len(data) for at, data in self.rest)])
 
 
 def plan_shards(
@@ -139,8 +147,9 @@ class ShardFile:
             try:
                 if not (resume and self._matches()):
                     os.ftruncate(self._fd, 0)
-                    _pwrite(self._fd, plan.header, 0)
                     os.ftruncate(self._fd, plan.nbytes)
+                    for at, data in ((0, plan.header), *plan.rest):
+                        _pwrite(self._fd, data, at)
             except BaseException:
                 os.close(self._fd)
                 raise
@@ -187,6 +196,13 @@ class ShardFile:
         """Make everything written so far durable."""
         with write_errors(self.part):
             os.fsync(self._fd)
+
+    def write_crcs(self, crcs: Mapping[str, int]) -> None:
+        """Put the tensors' CRC-32 where the plan has fields for them."""
+        with write_errors(self.part):
+            for name, places in self.plan.crc_at.items():
+                for at in places:
+                    _pwrite(self._fd, crcs[name].to_bytes(4, "little"), at)
 
     def finish(self) -> None:
         """Every byte accounted for → fsync → final name → fsync of the folder. Raises ValueError if any is missing."""

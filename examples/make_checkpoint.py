@@ -28,13 +28,13 @@ if str(ROOT) not in sys.path:  # run by its path, a script sees only its own fol
 import torch  # noqa: E402
 
 from converters.arch_io import arch_from_config  # noqa: E402
-from converters.hf_side_files import hf_side_files  # noqa: E402
-from converters.llama4_tokens import NUM_SPECIAL, SPLIT, special_ids  # noqa: E402
+from converters.hf_side_files import small_files  # noqa: E402
 from converters.names import Row, hf_rows  # noqa: E402
-from converters.tiktoken_file import write_tokens  # noqa: E402
+from converters.tiktoken_bpe import tokenizer_json_of  # noqa: E402
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
 from l4tool.core.atomic import write_file  # noqa: E402
 from l4tool.core.byte_level import unspell  # noqa: E402
+from l4tool.core.prompt import NUM_SPECIAL, SPLIT, special_tokens  # noqa: E402
 from l4tool.core.sizes import format_bytes, parse_bytes  # noqa: E402
 
 CARD = """\
@@ -70,8 +70,11 @@ def training_text(num_base: int) -> Iterator[str]:
         yield " ".join(words) + rng.choice([".\n", "?\n", "!\n\n", f", {rng.randint(0, 99999)}.\n"])
 
 
-def train_tokenizer(vocab_size: int) -> bytes:
-    """A byte-level BPE in the form of Meta's tokenizer.model: `vocab_size` tokens with Llama 4's 2048 special ones."""
+def train_tokenizer(vocab_size: int) -> str:
+    """tokenizer.json of a byte-level BPE of `vocab_size` tokens, the last 2048 of them Llama 4's special ones.
+
+    In the form that Llama 4's own has: the trained vocabulary, and every merge that makes one of its tokens.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     num_base = vocab_size - NUM_SPECIAL
@@ -85,7 +88,7 @@ def train_tokenizer(vocab_size: int) -> bytes:
     if tokenizer.get_vocab_size() != num_base:
         raise SystemExit(f"trained {tokenizer.get_vocab_size()} base tokens instead of {num_base}")
     vocab = tokenizer.get_vocab()
-    return write_tokens([unspell(token) for token in sorted(vocab, key=vocab.__getitem__)])
+    return tokenizer_json_of([unspell(token) for token in sorted(vocab, key=vocab.__getitem__)])
 
 
 def text_config(preset: str, arch: str, layers: int, experts: int, vocab_size: int) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def text_config(preset: str, arch: str, layers: int, experts: int, vocab_size: i
         original = 64 if preset == "tiny" else 8192
         rope |= {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
         rope["original_max_position_embeddings"] = original
-    ids = special_ids(vocab_size - NUM_SPECIAL)
+    ids = {token: vocab_size - NUM_SPECIAL + i for i, token in enumerate(special_tokens())}
     step = 1 if scout else 2
     return dict(zip(columns, sizes[preset], strict=True)) | {
         "model_type": "llama4_text", "dtype": "bfloat16", "vocab_size": vocab_size, "num_hidden_layers": layers,
@@ -127,12 +130,13 @@ def full_config(text: dict[str, Any], preset: str, text_only: bool) -> dict[str,
         return {"architectures": ["Llama4ForCausalLM"]} | text
     tiny = preset == "tiny"
     width = 64 if tiny else 4096
-    ids = special_ids(text["vocab_size"] - NUM_SPECIAL)
+    first = text["vocab_size"] - NUM_SPECIAL
+    tokens = special_tokens()
     return {
         "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": "bfloat16",
-        "boi_token_index": ids["<|image_start|>"],
-        "eoi_token_index": ids["<|image_end|>"],
-        "image_token_index": ids["<|patch|>"],
+        "boi_token_index": first + tokens.index("<|image_start|>"),
+        "eoi_token_index": first + tokens.index("<|image_end|>"),
+        "image_token_index": first + tokens.index("<|patch|>"),
         "tie_word_embeddings": False, "text_config": text,
         "vision_config": {
             "hidden_size": 64 if tiny else 1408, "intermediate_size": 256 if tiny else 5632,
@@ -194,9 +198,10 @@ def write_weights(folder: Path, config: dict[str, Any], seed: int, shard_bytes: 
 def write_side_files(folder: Path, config: dict[str, Any]) -> None:
     """Tokenizer, chat template, generation config and, for a multimodal checkpoint, the processor's files."""
     arch = arch_from_config(config, "the new checkpoint's config")
-    for name, content in hf_side_files(arch, train_tokenizer(arch.text.vocab_size)).items():
-        write_file(folder / name, content)
     write_file(folder / "README.md", CARD)
+    write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size))
+    for name, content in small_files(arch).items():
+        write_file(folder / name, content)
 
 
 PRESETS = {  # layers, experts, vocabulary, shard size

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Show what fits where: disk, RAM, GPU memory, KV tokens.",
     "inspect": "Show a checkpoint's layout, architecture and tensors.",
     "quantize": "Quantize a Llama 4 checkpoint to INT4, FP8 or a mix of both.",
+    "convert": "Write a checkpoint in another layout: Hugging Face, Meta, GGUF; resharded, cut to text, as floats.",
     "verify": "Check a checkpoint's files, names and values, or its error against the source.",
     "batch": "Run a JSONL file of prompts and images through a checkpoint.",
     "merge": "Put the outputs of a batch's shards together, in input order.",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.origin import Origin
+from converters.writing.plan import Plan
 from l4tool import __version__
 from l4tool.core import licence
 from l4tool.core.arch import Arch
 from l4tool.core.sizes import format_bytes
-from quant.plan import Plan
 from quant.schemes import SCHEMES, Recipe, make_recipe
 
 HUB_URL = "https://huggingface.co"

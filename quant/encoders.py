@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
 from converters.reader import TensorInfo
 from converters.writer import TensorSpec
+from converters.writing.encoder import Copy, Encoded, Encoder, Scratch
 from l4tool.core.errors import UsageError
 from quant import ops
 from quant.schemes import Recipe
@@ -17,55 +17,12 @@ from quant.schemes import Recipe
 PACK_FACTOR = 8  # 4-bit values in an int32
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Rows of one tensor as written: (stored name, tensor, first row); float64 error sums per row, None for a copy."""
+class FiniteCopy(Copy):
+    """The tensor's bytes as they are, if every value is finite."""
 
-    pieces: list[tuple[str, torch.Tensor, int]]
-    error: torch.Tensor | None = None
-    square: torch.Tensor | None = None
-
-
-class Encoder(ABC):
-    """One way to store a tensor. `splittable`: any range of rows can be encoded alone."""
-
-    kind: str
-    splittable = True
-
-    @abstractmethod
-    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
-        """What the tensor becomes; `stored` is its name in the output, ending in `.weight` for a Linear.
-
-        Raises UsageError where the recipe does not fit the tensor.
-        """
-
-    def fixed(self, info: TensorInfo, stored: str) -> dict[str, torch.Tensor]:
-        """Parts that do not depend on the weight; `encode` does not give them."""
-        return {}
-
-    @abstractmethod
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
-        """Encode rows [row, row + len(weight)) into `scratch`. Raises CheckpointError for NaN or Inf."""
-
-    @abstractmethod
-    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
-        """Anonymous memory that encoding `rows` rows takes, results included."""
-
-
-class Copy(Encoder):
-    """The tensor's bytes as they are."""
-
-    kind = "copy"
-
-    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
-        return [TensorSpec(stored, info.shape, info.dtype)]
-
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         ops.require_finite(weight, info.name, row)
-        return Encoded([(stored, weight, row)])
-
-    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
-        return rows * math.prod(info.shape[1:]) * info.dtype.itemsize  # only a strided view is really copied
+        return super().encode(weight, info, stored, row, scratch)
 
 
 @dataclass(frozen=True)
@@ -93,7 +50,7 @@ class Int4(Encoder):
     def fixed(self, info: TensorInfo, stored: str) -> dict[str, torch.Tensor]:
         return {stored + "_shape": torch.tensor(info.shape, dtype=torch.int64)}
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row, scratch)
         pieces = [(stored + "_packed", result.packed, row), (stored + "_scale", result.scale, row)]
         return Encoded(pieces, result.error, result.square)
@@ -116,7 +73,7 @@ class Fp8(Encoder):
         scale = TensorSpec(stored + "_scale", (out, 1), torch.bfloat16)
         return [TensorSpec(stored, (out, cols), torch.float8_e4m3fn), scale]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         result = ops.fp8(_to(weight, self.device), info.name, row, scratch)
         pieces = [(stored, result.weight, row), (stored + "_scale", result.scale, row)]
         return Encoded(pieces, result.error, result.square)
@@ -132,8 +89,8 @@ def make_encoders(recipe: Recipe, device: str) -> dict[str, Encoder]:
     if recipe.format == "quanto":
         from quant.quanto import QuantoFp8, QuantoInt4
 
-        return {"bf16": Copy(), "int4": QuantoInt4(recipe.scale), "fp8": QuantoFp8()}
-    return {"bf16": Copy(), "int4": Int4(recipe.group_size, recipe.scale, device), "fp8": Fp8(device)}
+        return {"bf16": FiniteCopy(), "int4": QuantoInt4(recipe.scale), "fp8": QuantoFp8()}
+    return {"bf16": FiniteCopy(), "int4": Int4(recipe.group_size, recipe.scale, device), "fp8": Fp8(device)}
 
 
 def _to(weight: torch.Tensor, device: str) -> torch.Tensor:

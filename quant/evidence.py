@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.safetensors_io import SafetensorsFile
+from converters.mapped import MappedFile
+from converters.writing.hashing import StreamedDigest
+from converters.writing.journal import REPORT, read_report
 from l4tool.core.errors import CheckpointError
 from l4tool.hub.manifest import MANIFEST, Entry, new_hash, read_manifest
-from quant.hashing import StreamedDigest
-from quant.journal import REPORT, read_report
 from quant.sweep import Digest
 
 CACHE, CHECKLIST = "Hugging Face cache", "checklist.chk"
@@ -21,7 +21,7 @@ _MD5_LINE = re.compile(r"([0-9a-f]{32})\s+\*?(\S+)")
 
 @dataclass(frozen=True)
 class Proof:
-    """`digest` of kind "sha256", "git" (a blob's SHA-1), "md5" or "tensors" (a quantize run's); `source` says so.
+    """`digest` of kind "sha256", "git" (a blob's SHA-1), "md5" or "tensors" (of a run of ours); `source` says so.
 
     `size` in bytes, None where the source does not tell.
     """
@@ -31,7 +31,7 @@ class Proof:
     size: int | None
     source: str
 
-    def start(self, size: int, file: SafetensorsFile | None) -> Digest:
+    def start(self, size: int, file: MappedFile | None) -> Digest:
         """A running digest for a file of `size` bytes. Raises CheckpointError where its header must be read for it."""
         if self.kind == "md5":
             return hashlib.md5(usedforsecurity=False)
@@ -41,8 +41,9 @@ class Proof:
             return running
         if file is None:
             raise CheckpointError(f"a file in {self.source} has no sound header")
-        spans = sorted((tensor.start, tensor.stop) for tensor in file.tensors.values())
-        return StreamedDigest(spans[0][0] if spans else size, [stop for _, stop in spans])
+        header_bytes = min((tensor.start for tensor in file.tensors.values()), default=size)
+        counted = [tensor for name, tensor in file.tensors.items() if name not in file.constants]
+        return StreamedDigest(header_bytes, sorted((tensor.start, tensor.stop) for tensor in counted))
 
 
 def find_proofs(folder: Path) -> dict[str, Proof]:
@@ -57,7 +58,7 @@ def find_proofs(folder: Path) -> dict[str, Proof]:
 
 
 def _report(folder: Path) -> dict[str, Proof]:
-    """The shards of a quantize run."""
+    """The files of a quantize or convert run."""
     output = (read_report(folder) or {}).get("output")
     if not isinstance(output, dict):
         return {}

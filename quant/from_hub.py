@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.detect import open_checkpoint
+from converters.writing import checks, journal, run
 from l4tool.core import licence
 from l4tool.core.atomic import write_errors
 from l4tool.core.console import note
@@ -21,7 +22,8 @@ from l4tool.hub.client import Hub, Snapshot
 from l4tool.hub.names import RepoSpec
 from l4tool.hub.selection import wanted_files
 from l4tool.hub.skeleton import make_skeleton
-from quant import checks, journal, pipeline
+from quant import pipeline
+from quant.checks import device_usable
 from quant.hub_supply import AHEAD, HubSupply, describe
 from quant.schemes import Recipe
 
@@ -45,12 +47,12 @@ def quantize_repo(
     Raises what `pipeline.quantize` raises, the hub's errors, and AccessDenied while the licence is not accepted.
     """
     started_s = time.monotonic()
-    checks.device_usable(options.device)
+    device_usable(options.device)
     checks.output_usable(out)
     if how.keep is not None:
         checks.keep_apart(how.keep, out)
     snapshot = _resolve(hub, spec, out, options.force)
-    job = journal.fingerprint(recipe, options.device, options.max_shard_bytes, describe(snapshot, spec.revision))
+    job = journal.fingerprint("quantize", pipeline.recipe_fields(recipe, options), describe(snapshot, spec.revision))
     done = None if options.force or options.licence else _complete_already(out, job)
     if done is not None:
         return done
@@ -75,13 +77,13 @@ def _stream(
     how: Download,
     started_s: float,
 ) -> dict[str, Any]:
-    with pipeline.claim(out), _staging(out, snapshot, how.keep) as folder:
+    with run.claim(out), _staging(out, snapshot, how.keep) as folder:
         make_skeleton(hub, snapshot, folder, MAX_SIDE_BYTES)
         reader = open_checkpoint(folder)
         supply = HubSupply(hub, snapshot, spec.revision, folder, how.ahead, keep=how.keep is not None)
         try:
             plan, budget = pipeline.prepare(reader, out, recipe, options)
-            return pipeline.run(reader, out, recipe, options, plan, budget, supply, started_s)
+            return pipeline.run_claimed(reader, out, recipe, options, plan, budget, supply, started_s)
         finally:
             supply.close()
             reader.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.reader import Reader
+from converters.writing.journal import STAGING
 from l4tool.core.atomic import write_errors
 from l4tool.core.console import Progress
 from l4tool.core.errors import CheckpointError, ChecksumError, InputMissing
@@ -21,7 +22,6 @@ from l4tool.hub.selection import wanted_files
 from l4tool.hub.targets import FolderTarget
 from l4tool.hub.transfer import download
 from l4tool.hub.transport import Stopped
-from quant.journal import STAGING
 
 AHEAD = 2  # shards beyond the one that is being quantized
 STOP_GRACE_S = 3.0

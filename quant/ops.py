@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from converters.writing.encoder import Scratch
 from l4tool.core.errors import CheckpointError
 from quant import reference
 
@@ -30,24 +30,6 @@ class Fp8:
     scale: torch.Tensor
     error: torch.Tensor
     square: torch.Tensor
-
-
-class Scratch:
-    """Result memory used again and again by one thread: fresh pages would cost more than the kernels.
-
-    What a call returns lies in here until the next call with the same Scratch.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[str, torch.Tensor] = {}
-
-    def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor; `use` keeps apart what lives at the same time."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        held = self._held.get(use)
-        if held is None or held.nbytes < nbytes:
-            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8)
-        return held[:nbytes].view(dtype).view(shape)
 
 
 def int4(

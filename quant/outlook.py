@@ -11,11 +11,12 @@ from typing import Any
 
 from converters.names import canonical_shapes
 from converters.reader import Reader
+from converters.writing.checks import SLACK_BYTES
+from converters.writing.plan import BASE_BYTES, Budget, Plan, make_budget, split, unfinished
 from l4tool.core.errors import UsageError
-from quant.checks import SLACK_BYTES
 from quant.fitting import Demand, Fitting, Hardware, Weights, fit_on, weigh, would_fit
 from quant.hub_supply import window_bytes
-from quant.plan import BASE_BYTES, Budget, Plan, build_plan, make_budget, split, unfinished
+from quant.plan import build_plan
 from quant.schemes import Recipe
 
 STORED = "stored"  # the checkpoint as it is

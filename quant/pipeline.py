@@ -1,27 +1,25 @@
-"""`quantize`: checks, plan, what an earlier run left, one pass over the source, and the files beside the weights."""
+"""`quantize`: checks, plan, and what a quantized checkpoint has beside its weights."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converters.reader import Reader
 from converters.writer import DEFAULT_SHARD_BYTES, write_index
-from l4tool.core.atomic import write_errors, write_file
-from l4tool.core.console import note
-from l4tool.core.lock import output_lock
-from quant import checks, journal, report
+from converters.writing import journal, run
+from converters.writing.checks import paths_apart
+from converters.writing.plan import Budget, Plan, make_budget
+from converters.writing.supply import Folder, Supply
+from l4tool.core.atomic import write_file
+from quant import checks, report
 from quant.card import SideFiles
-from quant.plan import Budget, Plan, build_plan, make_budget, unfinished
-from quant.resume import take_up
+from quant.plan import build_plan
 from quant.schemes import Recipe, quantization_config
-from quant.stream import Stream
-from quant.supply import Folder, Supply
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,11 @@ def quantize(reader: Reader, out: Path, recipe: Recipe, options: Options) -> dic
     """
     started_s = time.monotonic()
     plan, budget = prepare(reader, out, recipe, options)
-    with claim(out):
-        return run(reader, out, recipe, options, plan, budget, Folder(reader.path), started_s)
+    with run.claim(out):
+        return run_claimed(reader, out, recipe, options, plan, budget, Folder(reader.path), started_s)
 
 
-@contextlib.contextmanager
-def claim(out: Path) -> Iterator[None]:
-    """Hold the output folder, made if need be; one that is still empty at the end goes again."""
-    checks.output_usable(out)
-    is_new = not out.exists()
-    with write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    try:
-        with output_lock(out):
-            checks.output_usable(out)
-            yield
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-
-
-def run(
+def run_claimed(
     reader: Reader,
     out: Path,
     recipe: Recipe,
@@ -78,27 +59,7 @@ def run(
     started_s: float,
 ) -> dict[str, Any]:
     """`quantize` in a folder that is held. Raises what `supply` raises, too."""
-    job = journal.fingerprint(recipe, options.device, options.max_shard_bytes, supply.describe(reader))
-    side = SideFiles(reader, options.licence, options.source)
-    job["files"] = _output_files(side, plan, recipe)
-    done = checks.begin(out, job, options.force)
-    if done is not None:
-        note(f"{out} is already complete: the same source and options, nothing to do")
-        return side.complete(out, recipe, plan, done | {"job": job})
-    side.tell(out, recipe)
-    before = take_up(out, plan, journal.read_journal(out))
-    files = list(unfinished(plan, before.tensors))
-    checks.disk_space(out, plan, before.shards, supply.folder, supply.room_bytes(files))
-    log = journal.Journal(out, job, before)
-    try:
-        finished = sum(map(len, before.tensors.values()))
-        if finished:
-            note(f"carrying on: {finished} of {sum(map(len, plan.items))} tensors are finished")
-        Stream(reader, out, plan, budget, log, supply).run()
-        seconds = time.monotonic() - started_s
-        return _complete(reader, out, recipe, plan, log, job, seconds, finished > 0, options)
-    finally:
-        log.close()
+    return run.run(Quantize(reader, recipe, options, plan), out, budget, supply, started_s, options.force)
 
 
 def prepare(reader: Reader, out: Path | None, recipe: Recipe, options: Options) -> tuple[Plan, Budget]:
@@ -106,43 +67,54 @@ def prepare(reader: Reader, out: Path | None, recipe: Recipe, options: Options) 
     checks.source_usable(reader)
     checks.device_usable(options.device)
     if out is not None:
-        checks.paths_apart(reader.path, out)
+        paths_apart(reader.path, out)
     SideFiles(reader, options.licence)  # a licence file that cannot be used shows now
     plan = build_plan(reader, recipe, options.device, options.max_shard_bytes)
     return plan, make_budget(plan, options.memory_bytes, options.jobs)
 
 
-def _output_files(side: SideFiles, plan: Plan, recipe: Recipe) -> list[str]:
-    """What a run creates besides config.json, index, report and journal: `--force` may delete exactly that."""
-    extra = ["quantization_map.json"] if recipe.format == "quanto" else []
-    return [s.file_name for s in plan.shards] + side.names + extra
+def recipe_fields(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """All that decides the output's bytes."""
+    return dataclasses.asdict(recipe) | {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
 
 
-def _complete(
-    reader: Reader,
-    out: Path,
-    recipe: Recipe,
-    plan: Plan,
-    log: journal.Journal,
-    job: dict[str, Any],
-    seconds: float,
-    resumed: bool,
-    options: Options,
-) -> dict[str, Any]:
-    """Everything beside the shards; the index and config.json last, then the journal goes."""
-    config = dict(reader.config)
-    if recipe.format == "quanto":
-        from quant.quanto import quantization_map
+class Quantize:
+    """The job of one quantize run; see `converters.writing.run.Job`."""
 
-        write_file(out / "quantization_map.json", json.dumps(quantization_map(plan), indent=2) + "\n")
-    else:
-        config["quantization_config"] = quantization_config(recipe)
-    result = report.build(reader, recipe, plan, log, job, seconds, resumed, options.command)
-    SideFiles(reader, options.licence, options.source).write(out, recipe, plan, result)
-    write_file(out / journal.REPORT, json.dumps(result, indent=2) + "\n")
-    write_index(out, plan.shards)
-    write_file(out / "config.json", json.dumps(config, indent=2) + "\n")
-    log.close()
-    with write_errors(log.path):
-        log.path.unlink()
-    return result
+    tool = "quantize"
+
+    def __init__(self, reader: Reader, recipe: Recipe, options: Options, plan: Plan) -> None:
+        self.reader = reader
+        self.plan, self._recipe, self._options = plan, recipe, options
+        self._side = SideFiles(reader, options.licence, options.source)
+
+    @property
+    def source(self) -> Reader:
+        return self.reader
+
+    def recipe(self) -> dict[str, Any]:
+        return recipe_fields(self._recipe, self._options)
+
+    def files(self) -> list[str]:
+        return self._side.names + (["quantization_map.json"] if self._recipe.format == "quanto" else [])
+
+    def begin(self, out: Path) -> None:
+        self._side.tell(out, self._recipe)
+
+    def mend(self, out: Path, report: dict[str, Any]) -> dict[str, Any]:
+        return self._side.complete(out, self._recipe, self.plan, report)
+
+    def complete(self, out: Path, finished: run.Finished) -> dict[str, Any]:
+        config = dict(self.reader.config)
+        if self._recipe.format == "quanto":
+            from quant.quanto import quantization_map
+
+            write_file(out / "quantization_map.json", json.dumps(quantization_map(self.plan), indent=2) + "\n")
+        else:
+            config["quantization_config"] = quantization_config(self._recipe)
+        result = report.build(self.reader, self._recipe, self.plan, finished, self._options.command)
+        self._side.write(out, self._recipe, self.plan, result)
+        write_file(out / journal.REPORT, json.dumps(result, indent=2) + "\n")
+        write_index(out, self.plan.shards)
+        write_file(out / "config.json", json.dumps(config, indent=2) + "\n")
+        return result

@@ -16,10 +16,10 @@ import torch
 
 from converters.reader import TensorInfo
 from converters.writer import TensorSpec
+from converters.writing.encoder import Encoded, Encoder, Scratch
+from converters.writing.plan import Plan
 from l4tool.core.errors import UsageError
 from quant import ops, reference
-from quant.encoders import Encoded, Encoder
-from quant.plan import Plan
 
 GROUP_SIZE = 128  # what quanto's QLinear chooses for every in_features that 128 divides
 QTYPES = {"int4": "qint4", "fp8": "qfloat8_e4m3fn"}
@@ -55,7 +55,7 @@ class QuantoInt4(Encoder):
             TensorSpec(stored + "._shift", (groups, 1), info.dtype),
         ]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         from optimum.quanto import qint4, quantize_weight
 
         weight = weight.contiguous()
@@ -84,7 +84,7 @@ class QuantoFp8(Encoder):
         data = TensorSpec(stored + "._data", info.shape, torch.float8_e4m3fn)
         return [data, TensorSpec(stored + "._scale", (info.shape[0], 1), info.dtype)]
 
-    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: ops.Scratch) -> Encoded:
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         from optimum.quanto import AbsmaxOptimizer, qfloat8_e4m3fn, quantize_weight
 
         weight = weight.contiguous()

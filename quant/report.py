@@ -8,31 +8,23 @@ from importlib import metadata
 from typing import Any
 
 from converters.reader import Reader
+from converters.writing.plan import Budget, Plan
+from converters.writing.run import Finished
 from l4tool.core.console import table
 from l4tool.core.sizes import format_bytes, format_duration
 from quant import memory
-from quant.journal import Journal
-from quant.plan import Budget, Plan
 from quant.schemes import Recipe
 
 WORST = 5
 
 
-def build(
-    reader: Reader,
-    recipe: Recipe,
-    plan: Plan,
-    log: Journal,
-    job: dict[str, Any],
-    seconds: float,
-    resumed: bool,
-    command: str,
-) -> dict[str, Any]:
+def build(reader: Reader, recipe: Recipe, plan: Plan, finished: Finished, command: str) -> dict[str, Any]:
     """The report. Everything but `run` depends on source and recipe alone.
 
     `relative_error` is the Frobenius norm of the difference over that of the weight, after dequantization to
     bfloat16; `sqnr_db` = -20 log10 of it.
     """
+    log = finished.log
     kinds = {item.info.name: item.encoder.kind for items in plan.items for item in items}
     entries = {name: entry for shard in plan.shards for name, entry in log.tensors[shard.file_name].items()}
     sums = {name: entry["sums"] for name, entry in entries.items() if entry["sums"] is not None}
@@ -43,7 +35,7 @@ def build(
     return {
         "tool": "l4tool quantize",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "numba")}},
-        "job": job,
+        "job": finished.job,
         "totals": {
             "source_bytes": plan.source_bytes,
             "output_bytes": plan.output_bytes,
@@ -61,7 +53,7 @@ def build(
         },
         "output": {name: {"size": s["size"], "digest": s["digest"]} for name, s in sorted(log.shards.items())},
         "tensors": tensors,
-        "run": {"command": command, "seconds": round(seconds, 3), "resumed": resumed},
+        "run": {"command": command, "seconds": round(finished.seconds, 3), "resumed": finished.resumed},
     }
 
 

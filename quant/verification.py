@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.detect import open_checkpoint
+from converters.detect import open_source
 from converters.findings import Collector, Finding, worst_code
 from converters.folding import fold
+from converters.mapped import MappedFile
 from converters.reader import Reader
-from converters.safetensors_io import SafetensorsFile
-from converters.survey import LAYOUTS, META, QUANTO, Survey, survey
+from converters.survey import LAYOUTS, QUANTO, Survey, survey
+from converters.writing.journal import REPORT, read_report
 from l4tool.core.console import Progress
 from l4tool.core.errors import EXIT_CHECKSUM, EXIT_NO_INPUT, L4Error, UsageError
 from l4tool.core.placeholder import is_placeholder
 from quant import comparison
 from quant.comparison import Compared
 from quant.evidence import Proof, find_proofs
-from quant.journal import REPORT, read_report
 from quant.sweep import FileJob, Values, sweep
 
 SCALES = (".weight_scale", "._scale")  # compressed-tensors, optimum-quanto
@@ -87,8 +87,8 @@ def verify(path: Path, against: Path | None = None, threads: int | None = None) 
     weights = [job for job in jobs if job.tensors or job.path.suffix == ".pth"]
     return Outcome(
         path=path, layout=found.layout, weight_files=len(weights), weight_bytes=sum(job.size for job in weights),
-        hashed=hashed, names_checked=found.reader is not None,
-        tensors=len(found.shards.stored) if found.shards is not None else 0,
+        hashed=hashed, names_checked=found.readable is not None,
+        tensors=sum(len(file.tensors) for file in found.weight_files().values()),
         float_tensors=sum(len(job.values) for job in jobs), finite_tensors=finite,
         findings=tuple(sorted(noted.findings, key=lambda finding: not finding.is_error)),
         source=against, compared=compared,
@@ -99,7 +99,7 @@ def verify(path: Path, against: Path | None = None, threads: int | None = None) 
 def _open_source(path: Path, against: Path) -> Reader:
     if path.resolve() == against.resolve():
         raise UsageError("the checkpoint and its source are the same folder", hint="give the original with --against")
-    source = open_checkpoint(against)
+    source = open_source(against)
     absent = [file for file in source.weight_files() if is_placeholder(file)]
     if absent:
         source.close()
@@ -108,13 +108,13 @@ def _open_source(path: Path, against: Path) -> Reader:
 
 
 def _require_comparable(found: Survey, source: Reader) -> None:
-    if found.layout in (QUANTO, META):
+    if found.layout == QUANTO:
         raise UsageError(
             f"{found.path} is in the layout {LAYOUTS[found.layout]}, which --against cannot read",
             hint="leave --against away; l4tool-report.json holds the errors of a quantize run",
         )
-    if found.reader is not None:
-        comparison.require_same_architecture(found.reader, source)
+    if found.readable is not None:
+        comparison.require_same_architecture(found.readable, source)
 
 
 def _jobs(found: Survey, noted: Collector) -> tuple[list[FileJob], dict[Path, Proof]]:
@@ -124,7 +124,7 @@ def _jobs(found: Survey, noted: Collector) -> tuple[list[FileJob], dict[Path, Pr
     except L4Error as error:
         noted(error)
         proofs = {}
-    files = dict(found.shards.files) if found.shards is not None else {}
+    files = found.weight_files()
     jobs = []
     for path in sorted({*files, *proofs, *found.path.glob("consolidated.*.pth")}):
         job = _job(path, files.get(path), proofs.get(path), noted)
@@ -133,7 +133,7 @@ def _jobs(found: Survey, noted: Collector) -> tuple[list[FileJob], dict[Path, Pr
     return jobs, proofs
 
 
-def _job(path: Path, file: SafetensorsFile | None, proof: Proof | None, noted: Collector) -> FileJob | None:
+def _job(path: Path, file: MappedFile | None, proof: Proof | None, noted: Collector) -> FileJob | None:
     """None for a file that cannot be read or need not be: what is wrong with it is noted."""
     if is_placeholder(path):
         what = f"{path} holds a header only, its weights are not here"
@@ -205,10 +205,10 @@ def _judge_tensor(path: Path, name: str, values: Values) -> Finding | None:
 
 
 def _compare(found: Survey, source: Reader, threads: int, noted: Collector) -> Compared | None:
-    if found.reader is None:
-        return None  # config.json cannot be used; that is noted
+    if found.readable is None:
+        return None  # it cannot be opened; that is noted
     with Progress("compare", comparison.source_bytes(source)) as progress:
-        compared = comparison.compare(found.reader, source, threads, progress.advance, noted)
+        compared = comparison.compare(found.readable, source, threads, progress.advance, noted)
     said = (read_report(found.path) or {}).get("tensors")
     for one in compared.errors if isinstance(said, dict) else ():
         entry = said.get(one.name) if isinstance(said, dict) else None

@@ -99,14 +99,17 @@ def quantization_config(kind: str, group_size: int = 128) -> dict[str, Any]:
 
 def compress(source: Path, folder: Path, kind: str, group_size: int = 128) -> Path:
     """A compressed-tensors checkpoint made of `source` by the compressed-tensors library, absmax scales."""
+    return compress_with(source, folder, quantization_config(kind, group_size))
+
+
+def compress_with(source: Path, folder: Path, config: dict[str, Any]) -> Path:
+    """`source` compressed by the compressed-tensors library as this quantization_config says."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.quantization.utils import calculate_qparams
 
     from converters.detect import open_checkpoint
 
     reader = open_checkpoint(source)
-    config = quantization_config(kind, group_size)
     theirs = QuantizationConfig(**config)
     tensors: dict[str, torch.Tensor] = {}
     for name in reader.tensors():
@@ -117,15 +120,33 @@ def compress(source: Path, folder: Path, kind: str, group_size: int = 128) -> Pa
         if scheme is None or "vision" in name:
             tensors[stored] = weight
             continue
-        size = scheme.weights.group_size or weight.shape[1]
-        grouped = weight.view(weight.shape[0], -1, size)
-        scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
-        state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
+        scale, zero = library_qparams(weight, scheme.weights)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
         parts = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     copy(source, folder)
     edit_config(folder, lambda c: c.update(quantization_config=config))
     return save(folder, tensors)
+
+
+def library_qparams(weight: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales in the weight's dtype and zero points, min-max, as the library's strategy shapes them."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    rows, cols = weight.shape
+    strategy = str(getattr(args.strategy, "value", args.strategy))
+    if strategy == "block":
+        height, width = args.block_structure
+        padded = torch.nn.functional.pad(weight, (0, -cols % width, 0, -rows % height))
+        blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    elif strategy == "tensor":
+        low, high = weight.min().view(1), weight.max().view(1)
+    else:
+        grouped = weight.view(rows, -1, args.group_size or cols)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+    scale, zero = calculate_qparams(low, high, args)
+    return scale.to(weight.dtype), zero
 
 
 def library_scheme(config: Any, module: str, classes: tuple[str, ...] = ("Linear",)) -> Any:

@@ -119,7 +119,7 @@ class TinyReader(Reader):
     def release(self, name: str) -> None:
         pass
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice | None = None) -> None:
         pass
 
     def forget(self, file: Path) -> None:

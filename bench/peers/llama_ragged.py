@@ -24,7 +24,12 @@ N_BATCH, N_UBATCH = 2048, 512  # llama-batched-bench's
 
 
 def bind(job: dict[str, Any]) -> Any:
-    """The module of declarations alone: the package's __init__ would import its server's dependencies too."""
+    """The module of declarations alone: the package's __init__ would import its server's dependencies too.
+
+    Without `job["build"]`: that of the llama-cpp-python which is installed here, with its own library.
+    """
+    if "build" not in job:
+        return importlib.import_module("llama_cpp.llama_cpp")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(Path(job["build"]) / "bin")
     package = types.ModuleType("llama_cpp")
     package.__path__ = [str(Path(job["binding"]) / "llama_cpp")]

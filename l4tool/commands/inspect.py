@@ -17,7 +17,7 @@ import click
 @click.option("--stored", is_flag=True, help="Tensors as the files name and shape them, instead of one per Linear.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def command(model: str, tensors: bool, shards: bool, wanted: str | None, stored: bool, as_json: bool) -> int:
-    """Show layout, architecture, quantization, tokenizer, licence and tensors of a checkpoint.
+    """Show layout, architecture, quantization, tokenizer, licence and tensors of a checkpoint in any layout.
 
     Reads headers only: of a folder, or of a repository on the hub (a few small requests). A broken folder is shown as
     far as it can be read; the exit code then says what is wrong.
@@ -195,6 +195,5 @@ def _complain(facts: dict[str, Any]) -> None:
         note(f"{finding['severity']}: {finding['message']}")
         if finding["hint"]:
             note(f"  hint: {finding['hint']}")
-    if facts["layout"] == "meta":
-        note("note: names and shapes lie inside pickled files; l4tool reads the Hugging Face layout")
-        note("  hint: `l4tool fetch --list` shows the repositories of the same models in that layout")
+    if facts["layout"] in ("meta", "gguf"):
+        note(f"note: to quantize or run it: l4tool convert {facts['path']} -o OUT --to hf")

@@ -115,9 +115,9 @@ def _from_repo(
 
 def _folder(source: str, out: Path, keep: Path | None) -> Path | None:
     """The folder to read from, or None for a repository that has to be downloaded."""
+    from converters.writing.journal import begun_from_repo
     from l4tool.hub.local import locate
     from l4tool.hub.names import is_repo
-    from quant.journal import begun_from_repo
 
     if not is_repo(source):
         if not Path(source).exists():

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from quant.verification import Outcome
 
 _PATH = click.Path(path_type=Path)
+CONFIGS = {"meta": "params.json", "gguf": "the metadata"}  # what says which tensors there must be
 
 
 @click.command("verify", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", metavar="DIR")
 @click.option(
-    "--against", metavar="SRC", help="The checkpoint that DIR was quantized from: shows every tensor's error."
+    "--against",
+    metavar="SRC",
+    help="The checkpoint that DIR was made from: shows every tensor's error, or that none has one.",
 )
 @click.option(
     "--worst", type=click.IntRange(0), default=10, show_default=True, help="Tensors to show, largest error first."
@@ -29,8 +32,9 @@ _PATH = click.Path(path_type=Path)
 def command(folder: str, against: str | None, worst: int, plot: Path | None, jobs: int | None, as_json: bool) -> int:
     """Check that a checkpoint is complete and right.
 
-    Files against the manifest of `l4tool fetch`, the report of `l4tool quantize`, the Hugging Face cache or Meta's
-    checklist; names, shapes and dtypes against config.json; every float for NaN and Inf, every scale for zero.
+    Files against the manifest of `l4tool fetch`, the report of `l4tool quantize` or `convert`, the Hugging Face cache
+    or Meta's checklist; names, shapes and dtypes against config.json (params.json, GGUF's metadata); every float for
+    NaN and Inf, every scale for zero.
 
     \b
     Exit code, the first that applies: 76 bytes that changed, 66 something missing,
@@ -116,9 +120,10 @@ def _checked(outcome: Outcome) -> str:
     hashes = [f"{match} of {files} files as {source} says" for source, (match, files) in outcome.hashed.items()]
     readable = outcome.layout != UNKNOWN
     why = f"l4tool has no name table of {LAYOUTS[outcome.layout]}" if readable else "config.json cannot be used"
+    said_by = CONFIGS.get(outcome.layout, "config.json")
     rows = [
         ("hashes", ", ".join(hashes) or "nothing to check them against (no manifest, report or cache)"),
-        ("names, shapes", f"{outcome.tensors:,} tensors against config.json" if outcome.names_checked
+        ("names, shapes", f"{outcome.tensors:,} tensors against {said_by}" if outcome.names_checked
                           else f"not checked: {why}"),
         ("values", f"{outcome.finite_tensors:,} of {outcome.float_tensors:,} float tensors finite"),
     ]  # fmt: skip

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from converters.arch_io import arch_from_config
 from converters.hf_side_files import hf_side_files
-from converters.llama4_tokens import special_ids
 from examples.make_checkpoint import full_config, text_config
+from l4tool.core.prompt import special_ids
 
 NUM_PUBLISHED = 200_000
 

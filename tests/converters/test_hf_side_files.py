@@ -14,9 +14,9 @@ from batch.schema import ImageRef, LineError, ToolCall, Turn
 from batch.template import make_environment
 from batch.template_bounds import is_bounded
 from batch.tokenizer import Tokenizer as OwnTokenizer
-from converters.chat_template import CHAT_TEMPLATE
-from converters.hf_side_files import config_files, hf_side_files
+from converters.hf_side_files import hf_side_files, small_files
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import CHAT_TEMPLATE
 from tests.converters.meta_files import scout_arch, tokenizer_bytes, write_folder
 from tests.meta_chat import import_chat_format
 
@@ -302,7 +302,7 @@ def test_transformers_reads_generation_and_tokenizer_config(folder, hf):
 
 
 def test_the_published_ids():
-    generation = json.loads(config_files(scout_arch(), 200_000)["generation_config.json"])
+    generation = json.loads(small_files(scout_arch())["generation_config.json"])
     assert generation["eos_token_id"] == [200001, 200007, 200008]
     assert (generation["bos_token_id"], generation["pad_token_id"]) == (200000, 200018)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from converters.arch_io import arch_from_config
-from converters.llama4_tokens import SPLIT
 from converters.names import hf_rows
 from examples import make_checkpoint as maker
+from l4tool.core.prompt import SPLIT, special_tokens
 from tests import checkpoints
 
 
@@ -90,6 +90,11 @@ def test_scout_width_has_the_real_widths():
     assert widths == (5120, 8192, 40, 8, 128)
     assert text.rope_scaling is not None and text.rope_scaling.factor == 16.0
     assert 2 * num_parameters(config_of("scout-width")) == pytest.approx(4.66e9, rel=0.01)
+
+
+def test_special_tokens_are_metas():
+    theirs = pytest.importorskip("llama_models.llama4.tokenizer").Tokenizer.get_instance().special_tokens
+    assert {token: 200000 + i for i, token in enumerate(special_tokens())} == theirs
 
 
 TEXTS = [

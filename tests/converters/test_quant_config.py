@@ -59,7 +59,7 @@ def test_the_formats_that_this_project_writes(kind, formats):
 def test_mixed_in_words():
     spec = parse_quantization(checkpoints.quantization_config("mixed"), "config.json")
     int4 = LinearFormat("int4", 4, "group", 128, True, False)
-    fp8 = LinearFormat("fp8", 8, "channel", None, True, True)
+    fp8 = LinearFormat("fp8", 8, "channel", None, True, True, "float", packed=False)
     assert [spec.format_of(name) for name in MODULES] == [fp8] * 4 + [int4, int4, fp8, int4] + [None] * 4
     assert [spec.format_of(name, classes) for name, classes in CLASSES.items()] == [None, None]
 

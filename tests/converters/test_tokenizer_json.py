@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch.tokenizer import Tokenizer as OwnTokenizer
-from converters.llama4_tokens import SPLIT, special_ids, special_tokens
-from converters.tiktoken_file import read_tokens, write_tokens
-from converters.tokenizer_json import all_merges, base_tokens, tokenizer_json, tokenizer_json_of, tokenizer_model
+from converters.tiktoken_bpe import merges_of, read_ranks, tokenizer_json, tokenizer_json_of, write_ranks
+from converters.tokenizer_json import base_tokens, tokenizer_model
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import SPLIT, special_ids, special_tokens
 from tests.converters.meta_files import tokenizer_bytes, write_folder
 from tests.converters.tokenizer_texts import SPECIAL, every_stretch, texts
 
@@ -93,7 +93,7 @@ def test_any_text_equals_tiktoken(meta, plain, hf, text):
 
 def test_every_token_is_found_and_written_back(meta, plain):
     """Each of the 200,000 tokens that is text by itself gives tiktoken's ids for its text."""
-    tokens = read_tokens(tokenizer_bytes())
+    tokens = read_ranks(tokenizer_bytes())
     sample = random.Random(0).sample(range(len(tokens)), 20_000)
     batch = []
     for index in sample:
@@ -145,7 +145,7 @@ def tiktoken_of(tokens):
 def own(contents):
     from tokenizers import Tokenizer
 
-    return OwnTokenizer(Tokenizer.from_str(contents.decode()), {})
+    return OwnTokenizer(Tokenizer.from_str(contents), {})
 
 
 @settings(max_examples=30, deadline=None)
@@ -166,7 +166,7 @@ def test_vocabularies_that_no_training_gives(tokens, samples):
 def test_vocabularies_of_other_sizes(num_base):
     data = tokenizer_bytes(num_base)
     contents = tokenizer_json(data)
-    ours, theirs = own(contents), tiktoken_of(read_tokens(data))
+    ours, theirs = own(contents), tiktoken_of(read_ranks(data))
     assert ours.vocab_size == num_base + 2048
     assert ours.control_id("<|begin_of_text|>") == num_base
     for text in texts(20_000, seed=num_base):
@@ -193,15 +193,15 @@ def test_older_spellings_of_the_same_tokenizer(contents):
 
 def test_only_the_merges_that_matter(contents):
     """A trainer lists one split of each token, the one that happens; with it alone the ids are the same."""
-    tokens = read_tokens(tokenizer_bytes(1000))
+    tokens = read_ranks(tokenizer_bytes(1000))
     seen, merges = set(), []
     for left, right in _last_merges(tokens):
         merges.append([left, right])
         seen.add((left, right))
-    assert len(merges) < len(all_merges(tokens))
+    assert len(merges) < len(merges_of(tokens))
     contents["model"]["merges"] = merges
     assert tokenizer_model(json.dumps(contents)) == tokenizer_bytes(1000)
-    ours, theirs = own(json.dumps(contents).encode()), tiktoken_of(tokens)
+    ours, theirs = own(json.dumps(contents)), tiktoken_of(tokens)
     for text in texts(20_000, seed=1):
         assert ours.encode(text) == theirs.encode_ordinary(text)
 
@@ -213,7 +213,7 @@ def _last_merges(tokens):
     from l4tool.core.byte_level import spell
 
     vocab = {spell(token): rank for rank, token in enumerate(tokens)}
-    merges = [(spell(tokens[left]), spell(tokens[right])) for left, right in all_merges(tokens)]
+    merges = [(spell(tokens[left]), spell(tokens[right])) for left, right in merges_of(tokens)]
     for token in tokens[256:]:
         own_rank = vocab[spell(token)]
         others = [pair for pair in merges if vocab["".join(pair)] < own_rank]
@@ -297,10 +297,10 @@ def test_a_token_that_only_ignore_merges_finds():
     """b"xyz" has no merges: tiktoken finds it as a whole piece, a tokenizer.json only with ignore_merges."""
     tokens = [*BYTES, b"xyz"]
     contents = json.loads(tokenizer_json_of(tokens))
-    assert own(json.dumps(contents).encode()).encode("xyz") == tiktoken_of(tokens).encode_ordinary("xyz") == [256]
-    assert tokenizer_model(json.dumps(contents)) == write_tokens(tokens)
+    assert own(json.dumps(contents)).encode("xyz") == tiktoken_of(tokens).encode_ordinary("xyz") == [256]
+    assert tokenizer_model(json.dumps(contents)) == write_ranks(tokens)
     contents["model"]["ignore_merges"] = False
-    assert own(json.dumps(contents).encode()).encode("xyz") != [256]
+    assert own(json.dumps(contents)).encode("xyz") != [256]
     with pytest.raises(CheckpointError, match="ignore_merges"):
         tokenizer_model(json.dumps(contents))
 

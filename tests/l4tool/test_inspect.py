@@ -69,11 +69,11 @@ def test_a_broken_folder_is_shown_as_far_as_it_goes(scout_tiny, tmp_path, capsys
     assert "Traceback" not in err
 
 
-def test_layouts_without_a_name_table(tmp_path, capsys):
+def test_a_broken_file_of_metas(tmp_path, capsys):
     (tmp_path / "params.json").write_text('{"dim": 5120, "n_layers": 48}')
     (tmp_path / "consolidated.00.pth").write_bytes(bytes(10))
     code, out, err = run(capsys, tmp_path)
-    assert code == 0 and "dim 5120, n_layers 48" in out and "l4tool fetch --list" in err
+    assert code == 65 and "dim 5120, n_layers 48" in out and "not a sound .pth file" in err
 
 
 def test_no_folder(tmp_path, capsys):

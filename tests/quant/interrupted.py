@@ -1,4 +1,4 @@
-"""Runs `quantize` in forked children that are stopped at a chosen step; prints one JSON line per child.
+"""Runs `quantize` or `convert` in forked children that are stopped at a chosen step; prints one JSON line per child.
 
   python -m tests.quant.interrupted SOURCE PARENT SHARD_BYTES OUT/STOP [OUT/STOP …]
 
@@ -6,6 +6,7 @@ Every STOP is a child of its own that writes PARENT/OUT: `kill:N` kills it befor
 of the N-th write, `term:N` and `int:N` send SIGTERM and SIGINT, `full:N` fails from then on with ENOSPC,
 `limit:BYTES` runs under RLIMIT_FSIZE, `run` runs to the end. A step is a call that changes the disk: pwrite, fsync,
 rename, truncate, unlink. A child that ends also tells which tensors it worked on.
+With the environment variable CONVERT the command is `convert` with its words as options (`--to meta --shards 2`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def child(source: str, out: str, shard_bytes: int, stop: str) -> int:
     counter = [0]
     hook(stop, counter)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from quant import pipeline, stream
+    from converters.writing import stream
+    from quant import pipeline
 
     real, real_work, worked = pipeline.Options, stream.Stream._work, []
     pipeline.Options = lambda **options: real(**options | {"max_shard_bytes": shard_bytes, "jobs": 2})
@@ -69,7 +71,9 @@ def child(source: str, out: str, shard_bytes: int, stop: str) -> int:
         return real_work(self, shard, unit)
 
     stream.Stream._work = work
-    code = entry.main(["quantize", source, "-o", out, "--int4"])
+    options = os.environ.get("CONVERT")
+    command = ["quantize", "--int4"] if options is None else ["convert", "--jobs", "2", *options.split()]
+    code = entry.main([command[0], source, "-o", out, *command[1:]])
     print(json.dumps({"steps": counter[0], "tensors": sorted(worked)}), flush=True)
     return code
 

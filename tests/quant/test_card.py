@@ -15,12 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from converters.detect import open_checkpoint
 from converters.origin import read_origin
+from converters.writing import journal
 from l4tool.commands.quantize import command
 from l4tool.core import licence
 from l4tool.core.sizes import format_bytes
 from l4tool.hub.manifest import Entry, Manifest, write_manifest
 from l4tool.main import main
-from quant import journal, pipeline
+from quant import pipeline
 from quant.card_text import command_line
 from quant.schemes import make_recipe
 from tests import checkpoints

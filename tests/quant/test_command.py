@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from converters.detect import open_checkpoint
+from converters.writing import checks
 from l4tool.core.errors import CheckpointError, WriteError
 from l4tool.main import main
-from quant import checks, ops, pipeline, reference
+from quant import ops, pipeline, reference
 from quant.schemes import make_recipe, quantization_config
 from tests import checkpoints
 

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from converters.detect import open_checkpoint
+from converters.writing import checks, journal, stream
 from l4tool.core import errors
 from l4tool.core.errors import InputMissing, L4Error, UsageError, WriteError
 from l4tool.hub import fetch
@@ -22,7 +23,7 @@ from l4tool.hub.names import RepoSpec
 from l4tool.hub.skeleton import make_skeleton
 from l4tool.hub.transport import RetryPolicy
 from l4tool.main import main
-from quant import checks, journal, pipeline, stream
+from quant import pipeline
 from quant.from_hub import Download, quantize_repo
 from quant.hub_supply import HubSupply
 from quant.schemes import make_recipe

@@ -10,9 +10,10 @@ import torch
 from converters.arch_io import arch_from_config
 from converters.names import canonical_shapes
 from converters.reader import TensorInfo
+from converters.writing.encoder import Copy
+from converters.writing.plan import BASE_BYTES, make_budget, split
 from quant import memory
-from quant.encoders import Copy
-from quant.plan import BASE_BYTES, build_plan, make_budget, split
+from quant.plan import build_plan
 from quant.schemes import make_recipe
 from tests import checkpoints
 from tests.converters import published

@@ -8,8 +8,9 @@ from optimum.quanto import HqqOptimizer, MaxOptimizer, QLinear, qint4, quantize_
 from torch import nn
 
 from converters.detect import open_checkpoint
+from converters.writing.encoder import Scratch
 from l4tool.core.errors import CheckpointError
-from quant import ops, pipeline, quanto
+from quant import pipeline, quanto
 from quant.schemes import class_of, make_recipe
 from tests import checkpoints
 
@@ -72,7 +73,7 @@ def test_requantize_loads_it(fixture, options, request, tmp_path):
 def test_bytes_equal_quantos_own(method, optimizer):
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     info = type("Info", (), {"name": "w", "shape": w.shape, "dtype": w.dtype})
-    encoded = quanto.QuantoInt4(method).encode(w, info, "m.weight", 0, ops.Scratch())
+    encoded = quanto.QuantoInt4(method).encode(w, info, "m.weight", 0, Scratch())
     with quanto._python_unpack():
         scale, shift = optimizer()(w, qtype=qint4, axis=0, group_size=128)
     theirs = quantize_weight(w, qint4, 0, scale=scale, shift=shift, group_size=128, optimized=False)
@@ -87,7 +88,7 @@ def test_zero_and_constant_groups_stay_finite(method):
     w[0], w[1, :128] = 0, 0.5
     info = type("Info", (), {"name": "w", "shape": w.shape, "dtype": w.dtype})
     for encoder in (quanto.QuantoInt4(method), quanto.QuantoFp8()):
-        encoded = encoder.encode(w, info, "m.weight", 0, ops.Scratch())
+        encoded = encoder.encode(w, info, "m.weight", 0, Scratch())
         assert all(tensor.float().isfinite().all() for _, tensor, _ in encoded.pieces)
         assert float(encoded.error[0]) == 0
         assert float(encoded.error.sum()) < 0.02 * float(encoded.square.sum())

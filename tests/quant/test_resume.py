@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from converters.detect import open_checkpoint
+from converters.writing import journal, stream
 from l4tool.core.errors import CheckpointError, LockHeld, WriteError
 from l4tool.core.lock import LOCK, output_lock
-from quant import journal, pipeline, stream
+from quant import pipeline
 from quant.schemes import make_recipe
 from tests import checkpoints
 
@@ -207,11 +208,11 @@ def test_file_size_limit(scout_tiny, undisturbed, tmp_path):
 
 def test_result_does_not_depend_on_memory_or_jobs(scout_tiny, undisturbed, tmp_path):
     """Small memory: several units for every tensor."""
-    from quant import plan
+    from converters.writing.plan import BASE_BYTES
 
     quantize(scout_tiny, tmp_path / "one", jobs=1)
     assert contents(tmp_path / "one") == undisturbed[0]
-    quantize(scout_tiny, tmp_path / "small", jobs=3, memory_bytes=plan.BASE_BYTES + 240_000)
+    quantize(scout_tiny, tmp_path / "small", jobs=3, memory_bytes=BASE_BYTES + 240_000)
     assert contents(tmp_path / "small") == undisturbed[0]
 
 

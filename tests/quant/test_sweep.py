@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from converters.safetensors_io import SafetensorsFile
 from converters.writer import TensorSpec, plan_shards
+from converters.writing.hashing import StreamedDigest, shard_digest
 from quant import sweep as sweep_module
-from quant.hashing import StreamedDigest, shard_digest
 from quant.sweep import FLOATS, FileJob, sweep
 
 
@@ -84,7 +84,7 @@ def test_the_digest_of_a_quantize_run(tmp_path, piece):
     raw = plan.header + bytes(range(plan.nbytes - len(plan.header)))
     (tmp_path / plan.file_name).write_bytes(raw)
     spans = sorted((plan.starts[spec.name], plan.starts[spec.name] + spec.nbytes) for spec in plan.specs)
-    running = StreamedDigest(len(plan.header), [stop for _, stop in spans])
+    running = StreamedDigest(len(plan.header), spans)
     for start in range(0, len(raw), piece):
         running.update(raw[start : start + piece])
     assert running.hexdigest() == shard_digest(tmp_path / plan.file_name, plan)

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch.chat import DEFAULT_TEMPLATE, ChatFormat, find_template
+from batch.chat import ChatFormat, find_template
 from batch.requests import ImageTiles
 from batch.schema import ImageRef, LineError, Turn
 from l4tool.core.errors import CheckpointError
+from l4tool.core.prompt import TURNS
 
 CONTENTS = [
     "Hello!",
@@ -277,7 +278,7 @@ def test_where_templates_are_found(tmp_path):
 def test_default_template_on_tool_results(default_chat, tokenizer):
     ids = default_chat.encode([Turn("user", ("q",)), Turn("tool", ("42",))], [])
     assert tokenizer.control_id("<|eom|>") in ids and "ipython" in tokenizer.decode(ids)
-    assert DEFAULT_TEMPLATE.count("<|eom|>") == 1
+    assert TURNS.count("<|eom|>") == 1
 
 
 def test_pictures_among_text_equal_transformers_processor(chat, hf_tokenizer, llama4_template):

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch.chat import DEFAULT_TEMPLATE
 from batch.template import LocalRenderer, TemplateFailure, TemplateRefusal, make_environment, make_renderer
 from batch.template_bounds import is_bounded
 from batch.template_process import MEMORY_BYTES, ChildRenderer
+from l4tool.core.prompt import CHAT_TEMPLATE, TURNS
 
 NOW = datetime(2026, 1, 2)
 VARIABLES = {
@@ -74,7 +74,11 @@ def test_bombs_cost_one_line(bomb, monkeypatch):
 
 def test_published_and_default_templates_are_linear(llama4_template):
     environment = make_environment(NOW)
-    assert is_bounded(environment, llama4_template) and is_bounded(environment, DEFAULT_TEMPLATE)
+    assert (
+        is_bounded(environment, llama4_template)
+        and is_bounded(environment, CHAT_TEMPLATE)
+        and is_bounded(environment, TURNS)
+    )
 
 
 @pytest.mark.parametrize(

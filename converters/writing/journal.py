@@ -1,4 +1,4 @@
-"""What makes a run resumable: a lock on the output, a fingerprint of the job, and a journal of what is finished.
+"""What makes a run resumable: a fingerprint of the job, and a journal of what is finished.
 
 The journal is JSON lines in the output folder, each fsynced: first the job, then tensors that are durable in a shard's
 `.part`, with their error sums and hashes, and one line per finished shard. It goes away when the run is complete; then
@@ -8,7 +8,6 @@ The journal is JSON lines in the output folder, each fsynced: first the job, the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,24 +21,20 @@ from converters.reader import Reader
 from l4tool import __version__
 from l4tool.core.atomic import part_path, write_errors
 from l4tool.core.lock import LOCK
-from quant.schemes import Recipe
 
 JOURNAL = "l4tool-journal.jsonl"
 REPORT = "l4tool-report.json"
 STAGING = ".source"  # shards of a streamed source, until they are used up
 FORM = 2  # of the journal; 1 knew whole shards only
+CONFIGS = ("config.json", INDEX, "params.json", "tokenizer.model")
 PAPERS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 FORCE_HINT = "add --force to start afresh, or choose another output"
 
 
-def fingerprint(recipe: Recipe, device: str, max_shard_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
-    """The job: tool version, all that decides the output's bytes, and the source as its supply describes it."""
-    return {
-        "version": __version__,
-        "recipe": dataclasses.asdict(recipe) | {"device": device, "max_shard_bytes": max_shard_bytes},
-        "source": source,
-    }
+def fingerprint(tool: str, recipe: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The job: command, tool version, all that decides the output's bytes, the source as its supply describes it."""
+    return {"tool": tool, "version": __version__, "recipe": recipe, "source": source}
 
 
 def describe_folder(reader: Reader) -> dict[str, Any]:
@@ -48,13 +43,18 @@ def describe_folder(reader: Reader) -> dict[str, Any]:
     The sample is 64 KiB at each of 16 evenly spaced places, the header among them: a full hash would cost more than
     quantizing. Small files are hashed whole. Licence files and model card are left out: they may come later.
     """
-    return {path.name: _describe(path) for path in source_files(reader) if not path.name.startswith(PAPERS)}
+    described: dict[str, Any] = {}
+    for path in source_files(reader):
+        if not path.name.startswith(PAPERS):
+            name = path.name if path.name not in described else f"{path.parent.name}/{path.name}"  # of two folders
+            described[name] = _describe(path)
+    return described
 
 
 def source_files(reader: Reader) -> list[Path]:
     """Every file that the output is made from: configs, side files, weights."""
-    small = [reader.path / "config.json", reader.path / INDEX, *reader.side_files()]
-    return [path for path in small if path.is_file()] + reader.weight_files()
+    small = [*(reader.path / name for name in CONFIGS), *reader.side_files()]
+    return list(dict.fromkeys([path for path in small if path.is_file()] + reader.weight_files()))
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -72,6 +72,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """What changed between two fingerprints, in words; None when nothing did."""
+    if old.get("tool", new["tool"]) != new["tool"]:
+        return f"it was begun by l4tool {old['tool']}"
     if old.get("version") != new["version"]:
         return f"it was begun by version {old.get('version')}, this is {new['version']}"
     if old.get("recipe") != new["recipe"]:
@@ -171,7 +173,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads((folder / REPORT).read_bytes())
     except (OSError, ValueError):
         return None
-    complete = isinstance(report, dict) and "job" in report and (folder / "config.json").is_file()
+    complete = isinstance(report, dict) and "job" in report and (folder / report.get("last", "config.json")).is_file()
     return report if complete else None
 
 
@@ -187,7 +189,7 @@ def begun_from_repo(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a folder that a quantize run has written or begun."""
+    """True for a folder that a run has written or begun."""
     return (folder / JOURNAL).is_file() or read_report(folder) is not None
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from converters.writer import ShardPlan, exists
+from converters.writing.hashing import shard_digest, tensor_digests
+from converters.writing.journal import Journaled
+from converters.writing.plan import Item, Plan
 from l4tool.core.atomic import fsync_dir, part_path, write_errors
-from quant.hashing import shard_digest, tensor_digests
-from quant.journal import Journaled
-from quant.plan import Item, Plan
 
 
 def take_up(out: Path, plan: Plan, before: Journaled) -> Journaled:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.reader import Reader
+from converters.writing import journal
 from l4tool.core.placeholder import require_contents
-from quant import journal
 
 
 class Supply(Protocol):

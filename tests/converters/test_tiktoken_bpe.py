@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.tiktoken_file import read_tokens, write_tokens
-from converters.tokenizer_json import tokenizer_json, tokenizer_model
+from converters.tiktoken_bpe import read_ranks, tokenizer_json, write_ranks
+from converters.tokenizer_json import tokenizer_model
 from l4tool.core.errors import CheckpointError
 from tests.converters.meta_files import tokenizer_bytes
 
@@ -28,14 +28,14 @@ def test_it_reads_what_metas_loader_reads(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_bytes(5000))
     theirs = load_bpe_file(path)
-    assert {token: rank for rank, token in enumerate(read_tokens(path.read_bytes()))} == theirs
-    assert write_tokens(read_tokens(path.read_bytes())) == path.read_bytes()
+    assert {token: rank for rank, token in enumerate(read_ranks(path.read_bytes()))} == theirs
+    assert write_ranks(read_ranks(path.read_bytes())) == path.read_bytes()
 
 
 def test_line_ends_and_blank_lines_do_not_matter():
-    data = write_tokens([*BYTES, b"ab"])
-    assert read_tokens(data.replace(b"\n", b"\r\n")) == read_tokens(data.replace(b"\n", b"\n\n")) == [*BYTES, b"ab"]
-    assert read_tokens(data[:-1]) == [*BYTES, b"ab"]
+    data = write_ranks([*BYTES, b"ab"])
+    assert read_ranks(data.replace(b"\n", b"\r\n")) == read_ranks(data.replace(b"\n", b"\n\n")) == [*BYTES, b"ab"]
+    assert read_ranks(data[:-1]) == [*BYTES, b"ab"]
 
 
 BROKEN = {
@@ -65,7 +65,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_one_error_with_file_and_line(name):
     data, message = BROKEN[name]
-    for read in (read_tokens, tokenizer_json):
+    for read in (read_ranks, tokenizer_json):
         with pytest.raises(CheckpointError, match=message) as caught:
             read(data, "there/tokenizer.model")
         assert caught.value.message.startswith("there/tokenizer.model") and caught.value.hint
@@ -75,6 +75,6 @@ def test_broken_files_are_one_error_with_file_and_line(name):
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=200) | st.text("AQ=0123456789 \n+/", max_size=100).map(str.encode))
 def test_any_bytes_are_tokens_or_a_checkpoint_error(data):
-    for read in (read_tokens, tokenizer_model):
+    for read in (read_ranks, tokenizer_model):
         with pytest.raises(CheckpointError):
             read(data)

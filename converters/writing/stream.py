@@ -13,15 +13,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from converters.reader import Reader
+import torch
+
+from converters.writing.encoder import Scratch
+from converters.writing.journal import Journal
+from converters.writing.plan import Budget, Item, Plan, Unit, split, unfinished
+from converters.writing.shards import Done, OpenShard
+from converters.writing.supply import Supply
 from l4tool.core.console import Progress
-from quant import ops
-from quant.journal import Journal
-from quant.plan import Budget, Item, Plan, Unit, split, unfinished
-from quant.shards import Done, OpenShard
-from quant.supply import Supply
 
 QUEUED_UNITS = 2  # units beyond the running ones: their source is being read ahead
 RELEASE_LAG = 4  # items after which a finished item's mapped pages are dropped; gate and up share them
@@ -30,17 +31,32 @@ CHECKPOINT_S = 10.0
 SEALS_BEHIND = 2  # tasks of the sealer that workers may be ahead of
 
 
-class Stream:
-    """One run. `log` knows what is finished and learns what becomes durable."""
+class Source(Protocol):
+    """Where tensors are read, by the names of a plan's items; as `converters.reader.Reader` describes it."""
 
-    def __init__(self, reader: Reader, out: Path, plan: Plan, budget: Budget, log: Journal, supply: Supply) -> None:
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
+
+    def prefetch(self, name: str, rows: slice | None = None) -> None: ...
+
+    def release(self, name: str) -> None: ...
+
+    def forget(self, file: Path) -> None: ...
+
+
+class Stream:
+    """One run. `log` knows what is finished and learns what becomes durable; `tool` names it to the user."""
+
+    def __init__(
+        self, reader: Source, out: Path, plan: Plan, budget: Budget, log: Journal, supply: Supply, tool: str
+    ) -> None:
         self.reader, self.out, self.plan, self.budget, self.log, self.supply = reader, out, plan, budget, log, supply
+        self.tool = tool
         self.todo = unfinished(plan, log.tensors)
         self.left = Counter({file: len(pairs) for file, pairs in self.todo.items()})  # tensors per source file
         self.shards: dict[str, OpenShard] = {}  # open ones; the sealer takes out what it has sealed
         self.running: dict[Future[Done], OpenShard] = {}
         self.sealing: deque[Future[None]] = deque()
-        self.workers = ThreadPoolExecutor(budget.jobs, thread_name_prefix="quantize")
+        self.workers = ThreadPoolExecutor(budget.jobs, thread_name_prefix="encode")
         self.sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self.local = threading.local()
         self.used: deque[str] = deque()
@@ -53,7 +69,7 @@ class Stream:
         done_bytes = self.plan.source_bytes - left_bytes
         try:
             self.supply.begin(list(self.todo))
-            with Progress("quantize", self.plan.source_bytes, initial=done_bytes) as progress:
+            with Progress(self.tool, self.plan.source_bytes, initial=done_bytes) as progress:
                 self._seal_complete()
                 for number, unit in self._units(progress):
                     shard = self._shard(number)
@@ -82,8 +98,8 @@ class Stream:
                 self._drain(progress)  # what waits to be given up may be what the next file needs room for
             self.supply.ensure(file)
             for number, item in pairs:
-                self.reader.prefetch(item.info.name)
                 for unit in split(item, self.budget):
+                    self.reader.prefetch(item.info.name, slice(unit.start, unit.stop))
                     yield number, unit
 
     def _shard(self, number: int) -> OpenShard:
@@ -105,11 +121,11 @@ class Stream:
             return Done(unit, written, None)
         return Done(unit, written, (encoded.error.tolist(), encoded.square.tolist()))
 
-    def _scratch(self) -> ops.Scratch:
+    def _scratch(self) -> Scratch:
         """This worker's own result memory."""
         if not hasattr(self.local, "scratch"):
-            self.local.scratch = ops.Scratch()
-        scratch: ops.Scratch = self.local.scratch
+            self.local.scratch = Scratch()
+        scratch: Scratch = self.local.scratch
         return scratch
 
     def _drain(self, progress: Progress) -> None:

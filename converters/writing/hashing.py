@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,7 @@ class RunningDigest:
         self._fd = os.open(path, os.O_RDONLY)
         self._buffer = bytearray(CHUNK_BYTES)
         self._digests: dict[str, bytes] = {}
+        self.crcs: dict[str, int] = {}  # CRC-32 of hashed tensors, where the plan has fields for them
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._pending: list[Future[None]] = []
         self._dropped = 0
@@ -53,6 +55,7 @@ class RunningDigest:
     def adopt(self, digests: dict[str, str]) -> None:
         """Tensors that lie there since an earlier run, with their SHA-256 in hex: they were read again just now."""
         self._digests |= {name: bytes.fromhex(digest) for name, digest in digests.items()}
+        self._pending += [self._thread.submit(self._hash, name) for name in digests if name in self._plan.crc_at]
 
     def complete(self, names: Iterable[str]) -> None:
         """These tensors are completely written."""
@@ -95,41 +98,58 @@ class RunningDigest:
 
     def _hash(self, name: str) -> None:
         at, stop = self._spans[name]
-        digest, view = hashlib.sha256(), memoryview(self._buffer)
+        digest, crc, view = hashlib.sha256(), 0, memoryview(self._buffer)
+        needs_crc = name in self._plan.crc_at
         while at < stop:
             count = os.preadv(self._fd, [view[: stop - at]], at)
             if count == 0:
                 raise OSError(f"the shard ends at byte {at} inside {name}")
             digest.update(view[:count])
+            crc = zlib.crc32(view[:count], crc) if needs_crc else 0
             at += count
         self._digests[name] = digest.digest()
+        if needs_crc:
+            self.crcs[name] = crc
 
 
 class StreamedDigest:
     """The same digest of a file whose bytes come in file order; has the methods of a hashlib object.
 
-    `header_bytes` is where the tensors begin, `ends` are the offsets at which one ends, in file order.
+    `header_bytes` is where the header ends, `spans` are the tensors' bytes [start, stop) in file order. What lies
+    between them (padding, the records of a ZIP archive) does not count.
     """
 
-    def __init__(self, header_bytes: int, ends: Sequence[int]) -> None:
+    def __init__(self, header_bytes: int, spans: Sequence[tuple[int, int]]) -> None:
         self._whole, self._tensor = hashlib.sha256(), hashlib.sha256()
         self._at, self._header_bytes = 0, header_bytes
-        self._ends = deque(ends)
+        self._spans = deque(spans)
 
     def update(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            header = self._at < self._header_bytes
-            end = self._header_bytes if header else self._ends[0] if self._ends else self._at + len(view)
-            piece = view[: end - self._at]
-            (self._whole if header else self._tensor).update(piece)
-            self._at, view = self._at + len(piece), view[len(piece) :]
+            used = self._take(view)
+            self._at, view = self._at + used, view[used:]
             self._close_tensors()
+
+    def _take(self, view: memoryview) -> int:
+        """Hash what comes next of one kind; its length."""
+        if self._at < self._header_bytes:
+            piece = view[: self._header_bytes - self._at]
+            self._whole.update(piece)
+            return len(piece)
+        if not self._spans:
+            return len(view)
+        start, stop = self._spans[0]
+        if self._at < start:
+            return min(len(view), start - self._at)
+        piece = view[: stop - self._at]
+        self._tensor.update(piece)
+        return len(piece)
 
     def _close_tensors(self) -> None:
         """Tensors may be empty, so several can end at one place."""
-        while self._ends and self._at >= self._header_bytes and self._ends[0] == self._at:
-            self._ends.popleft()
+        while self._spans and self._at >= self._header_bytes and self._spans[0][1] <= self._at:
+            self._spans.popleft()
             self._whole.update(self._tensor.digest())
             self._tensor = hashlib.sha256()
 

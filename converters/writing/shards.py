@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from converters.writer import ShardFile, ShardPlan
+from converters.writing.hashing import RunningDigest
+from converters.writing.plan import Item, Unit
 from l4tool.core.atomic import fsync_dir, write_errors
-from quant.hashing import RunningDigest
-from quant.plan import Item, Unit
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class OpenShard:
     def seal(self) -> dict[str, Any]:
         """Durable under its final name → its journal entry: size, mtime, digest."""
         digest = self._hash.hexdigest()
+        self._file.write_crcs(self._hash.crcs)
         self._file.finish()
         stat = self._file.path.stat()
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}

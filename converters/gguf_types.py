@@ -1,0 +1,73 @@
+"""GGUF's tensor types: what convert can write, and how rows are packed into blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from converters.reader import TensorInfo
+from converters.writer import TensorSpec
+from converters.writing.encoder import Encoded, Encoder, Scratch
+from l4tool.core.errors import UsageError
+
+BLOCK = 32  # values that share a scale
+# name → bytes of a block, `general.file_type` (llama.cpp's LLAMA_FTYPE_MOSTLY_*)
+QUANTIZED = {"q8_0": (34, 7), "q5_1": (24, 9), "q5_0": (22, 8), "q4_1": (20, 3), "q4_0": (18, 2)}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32} | {name: file_type for name, (_, file_type) in QUANTIZED.items()}
+
+
+def block_bytes(name: str) -> int:
+    return QUANTIZED[name][0]
+
+
+@dataclass(frozen=True)
+class Blocks(Encoder):
+    """Rows in blocks of 32 values, quantized as the `gguf` package's `quants` does, bit for bit."""
+
+    type_name: str
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.type_name
+
+    def row_bytes(self, cols: int) -> int:
+        return cols // BLOCK * block_bytes(self.type_name)
+
+    def parts(self, info: TensorInfo, stored: str) -> list[TensorSpec]:
+        rows, cols = info.shape
+        if cols % BLOCK:
+            raise UsageError(
+                f"{stored} has {cols} inputs: {self.type_name} packs {BLOCK} at a time", hint="use --dtype bf16 or f16"
+            )
+        return [TensorSpec(stored, (rows, self.row_bytes(cols)), torch.uint8)]
+
+    def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
+        packed = scratch.empty("packed", (weight.shape[0], self.row_bytes(weight.shape[1])), torch.uint8)
+        pack(weight, self.type_name, packed)
+        return Encoded([(stored, packed, row)])
+
+    def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
+        cols = math.prod(info.shape[1:])
+        return rows * cols * (info.dtype.itemsize + 2) + SLICE * cols * 24
+
+
+SLICE = 64  # rows at a time, so that the intermediate arrays of numpy stay in the cache
+
+
+def pack(weight: torch.Tensor, type_name: str, packed: torch.Tensor) -> None:
+    """Floats [rows, cols] → `packed` uint8 [rows, bytes]."""
+    if type_name in ("q8_0", "q4_0"):
+        from converters.kernels.blocks import pack_q4_0, pack_q8_0
+
+        kernel = pack_q8_0 if type_name == "q8_0" else pack_q4_0
+        kernel(weight, packed)
+        return
+    from gguf import GGMLQuantizationType, quants
+
+    qtype = GGMLQuantizationType[type_name.upper()]
+    for start in range(0, weight.shape[0], SLICE):
+        rows = weight[start : start + SLICE].float().contiguous().numpy()
+        packed[start : start + SLICE] = torch.from_numpy(np.ascontiguousarray(quants.quantize(rows, qtype)))

@@ -188,8 +188,7 @@ def _quantization(found: Survey) -> dict[str, Any] | None:
         targets.setdefault(form, []).append(f"re:{pattern.pattern}")
     counts = _format_counts(found)
     result["groups"] = [
-        {"scheme": describe_format(form), "targets": names, "linears": counts.get(form, 0)}
-        for form, names in targets.items()
+        {"scheme": str(form), "targets": names, "linears": counts.get(form, 0)} for form, names in targets.items()
     ]
     return result
 
@@ -199,17 +198,9 @@ def _format_counts(found: Survey) -> dict[LinearFormat, int]:
     for name in found.reader.tensors() if found.reader is not None else ():
         prefix, _, part = name.rpartition(".")
         form = found.reader.linear_format(prefix) if found.reader is not None else None
-        if form is not None and part in ("weight", "weight_packed"):
+        if form is not None and part == form.codes:
             counts[form] = counts.get(form, 0) + 1
     return counts
-
-
-def describe_format(form: LinearFormat) -> str:
-    """'INT4, symmetric, one scale for each 128 inputs'."""
-    if form.kind == "int4":
-        return f"INT4, symmetric, one scale for each {form.group_size} inputs"
-    tail = ", activations in FP8 per token at run time" if form.dynamic_activations else ""
-    return f"FP8 (e4m3fn), one scale for each output{tail}"
 
 
 def layer_ranges(flags: tuple[bool, ...], value: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.arch_io import read_arch
+from converters.compressed import foreign_finding
 from converters.detect import open_checkpoint
 from converters.fields import read_json_object
 from converters.findings import Collector, Finding, of_error
@@ -129,7 +130,9 @@ def _config(path: Path, noted: Collector) -> tuple[dict[str, Any], Arch | None]:
 
 def _open(path: Path, noted: Collector) -> TableReader | None:
     try:
-        return open_checkpoint(path, noted)
+        reader = open_checkpoint(path, noted, foreign=True)
+        noted.add(*filter(None, [foreign_finding(reader)]))
+        return reader
     except L4Error as error:
         noted(error, [of_error(error, "config", path / "config.json")])
         return None

@@ -11,7 +11,9 @@ def source_usable(reader: Reader) -> None:
     if reader.quantization is not None:
         method = reader.quantization.get("quant_method", "quantization_config")
         raise CheckpointError(
-            f"{reader.path} is quantized already ({method})", hint="give the original bfloat16 checkpoint"
+            f"{reader.path} is quantized already ({method})",
+            hint="give the original bfloat16 checkpoint, or make it plain floats again: "
+            f"l4tool convert {reader.path} -o OUT --to hf",
         )
 
 

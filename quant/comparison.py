@@ -34,7 +34,7 @@ class TensorError:
 
     name: str
     group: str  # "experts", "shared" or "attention"
-    kind: str  # "int4" or "fp8"
+    kind: str  # "int2" … "int8" or "fp8"
     error: float
     square: float
     max_abs_error: float
@@ -132,12 +132,12 @@ def _one(target: Reader, source: Reader, info: TensorInfo, stop: threading.Event
     form = target.linear_format(prefix) if prefix != info.name else None
     if form is None:
         return _copied(target, source, info) if info.name in target.tensors() else False
-    part = "weight_packed" if form.kind == "int4" else "weight"
-    if any(f"{prefix}.{one}" not in target.tensors() for one in (part, "weight_scale")):
+    parts = [f"{prefix}.{part}" for part in form.value_parts]
+    if any(part not in target.tensors() for part in parts):
         return False
     result = _measure(target, source, info, prefix, form, stop)
-    for one in (part, "weight_scale"):
-        target.release(f"{prefix}.{one}")
+    for part in parts:
+        target.release(part)
     return result
 
 

@@ -164,5 +164,6 @@ def require_unquantized(reader: Reader, scheme: str) -> None:
     if reader.quantization is not None:
         raise UsageError(
             f"{reader.path} is quantized already, so it cannot become {scheme}",
-            hint=f"leave --{scheme} away to plan with it as it is, or give the original checkpoint",
+            hint=f"leave --{scheme} away to plan with it as it is, or give the original checkpoint "
+            f"(or what `l4tool convert {reader.path} -o OUT --to hf` makes of it)",
         )

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from converters.names import canonical_shapes
+from converters.names import EMBEDDING, LM_HEAD, canonical_shapes
 from converters.quant_config import LinearFormat
 from converters.reader import Extent, Reader, TensorInfo
 from l4tool.core.errors import UsageError
 from quant.dequantize import read_linear
-
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx")
 
 
 class PlainReader(Reader):
@@ -40,17 +38,17 @@ class PlainReader(Reader):
         return TensorInfo(name, shape, self.dtype, math.prod(shape) * self.dtype.itemsize, file)
 
     def _parts(self, name: str) -> list[str] | None:
-        """The stored parts of a quantized Linear's weight; None for any other tensor."""
+        """The stored parts that a quantized weight is made of, codes first; None for any other tensor."""
         prefix = name.removesuffix(".weight")
-        if prefix == name or self._reader.linear_format(prefix) is None:
-            return None
-        stored = self._reader.tensors()
-        return [f"{prefix}.{part}" for part in PARTS if f"{prefix}.{part}" in stored]
+        form = self._reader.linear_format(prefix) if prefix != name else None
+        return None if form is None else [f"{prefix}.{part}" for part in form.value_parts]
 
     def tensors(self) -> dict[str, TensorInfo]:
         return self._infos
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        if name == LM_HEAD and self.arch.text.tie_word_embeddings:
+            name = EMBEDDING
         if self._parts(name) is None:
             return self._reader.read(name, rows)
         return read_linear(self._reader, name.removesuffix(".weight"), rows).to(self.dtype)

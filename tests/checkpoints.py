@@ -115,9 +115,10 @@ def compress_with(source: Path, folder: Path, config: dict[str, Any]) -> Path:
     for name in reader.tensors():
         stored = name if reader.arch.vision is not None else name.removeprefix("language_model.")
         module = stored.removesuffix(".weight")
-        scheme = library_scheme(theirs, module) if name.endswith("_proj.weight") and "layers" in name else None
         weight = reader.read(name).contiguous()
-        if scheme is None or "vision" in name:
+        is_module = name.endswith(".weight") and weight.dim() == 2
+        scheme = library_scheme(theirs, module, classes_of(module)) if is_module else None
+        if scheme is None:
             tensors[stored] = weight
             continue
         scale, zero = library_qparams(weight, scheme.weights)
@@ -127,6 +128,13 @@ def compress_with(source: Path, folder: Path, config: dict[str, Any]) -> Path:
     copy(source, folder)
     edit_config(folder, lambda c: c.update(quantization_config=config))
     return save(folder, tensors)
+
+
+def classes_of(module: str) -> tuple[str, ...]:
+    """The classes of a module that has a matrix."""
+    if module.endswith("embed_tokens"):
+        return ("Embedding",)
+    return ("Llama4Router", "Linear") if module.endswith("router") else ("Linear",)
 
 
 def library_qparams(weight: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:

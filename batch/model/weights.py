@@ -134,14 +134,12 @@ class Loader:
         if all(form is None for form in forms):
             return self._dense_bank(names, gated)
         form = forms[0]
-        if self.packer is not None and form is not None and forms.count(form) == len(forms):
+        if self.packer is not None and form is not None and form.is_native and forms.count(form) == len(forms):
             if form.kind == "int4":
                 rows, columns = self._shapes(names[0], "weight_packed")
                 if self.packer.packs_int4(rows, 8 * columns, gated, form.group_size):
                     return self._int4_panels(names, gated)
-            elif form.strategy in ("channel", "tensor") and self.packer.packs_fp8(
-                *self._shapes(names[0], "weight"), gated
-            ):
+            elif self.packer.packs_fp8(*self._shapes(names[0], "weight"), gated):
                 return self._fp8_panels(names, gated, form.dynamic_activations)
         joined = [tuple(self._part(prefix) for prefix in group) for group in names]
         return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
@@ -214,15 +212,15 @@ class Loader:
         if form is None:
             return DenseLinear(self.tensor(f"{prefix}.weight"))
         scale = self.reader.read(f"{prefix}.weight_scale").to(self.device)
-        if form.kind == "int4" and form.group_size:
+        if form.kind == "int4" and form.is_native and form.group_size:
             packed = self.reader.read(f"{prefix}.weight_packed").to(self.device)
             return Int4Linear(packed, scale, form.group_size)
-        if form.kind == "fp8" and form.strategy in ("channel", "tensor"):
+        if form.kind == "fp8" and form.is_native:
             weight = self.reader.read(f"{prefix}.weight").to(self.device)
             rows = scale.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()  # [N, 1]
             return Fp8Linear(weight, rows, form.dynamic_activations)
         raise CheckpointError(
-            f"{self.reader.path}: {prefix} is stored as {form.kind}/{form.strategy}, which cannot be computed with",
+            f"{self.reader.path}: {prefix} is stored as {form}, which cannot be computed with",
             hint="use INT4 with groups or FP8 per channel: l4tool quantize writes both",
         )
 

@@ -8,18 +8,20 @@ from quant.kernels.bits import ABS_MASK, LANES, STAGE_ROWS, TILES, bits_float, f
 
 
 @jit
-def int4_expand(packed, scales, out):  # type: ignore[no-untyped-def]
-    """packed int32 [rows, cols/8] and bfloat16 bits `scales` [rows, cols/g] → bfloat16 bits out[rows, cols]."""
+def int4_expand(packed, scales, zeros, out):  # type: ignore[no-untyped-def]
+    """packed int32 [rows, cols/8], bfloat16 bits `scales` and int8 `zeros` [rows, cols/g] → bfloat16 bits
+    out[rows, cols] = (q - zero) · scale."""
     rows, groups = scales.shape
     n_words = packed.shape[1] // groups
     values = np.empty(8 * n_words, np.float32)
     for r in range(rows):
         for g in range(groups):
+            offset = np.int32(np.int32(zeros[r, g]) + np.int32(8))
             words = packed[r, g * n_words : (g + 1) * n_words]
             for j in range(n_words):
                 for i in range(8):
                     nibble = np.int32(np.int32(words[j] >> np.int32(4 * i)) & np.int32(15))
-                    values[8 * j + i] = np.float32(np.int32(nibble - np.int32(8)))
+                    values[8 * j + i] = np.float32(np.int32(nibble - offset))
             scale = bits_float(np.int32(np.int32(scales[r, g]) << np.int32(16)))
             line = out[r, 8 * n_words * g : 8 * n_words * (g + 1)]
             for k in range(8 * n_words):

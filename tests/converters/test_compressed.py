@@ -116,7 +116,7 @@ def test_spoiled_parts(int4, tmp_path, edit, said):
 
 @pytest.mark.parametrize(
     "ignored, said",
-    [("re:.*router$", "feed_forward.router"), ("re:.*lm_head$", "lm_head"), ("re:vision_model.*", "vision_model")],
+    [("re:.*lm_head$", "lm_head"), ("re:vision_model.*", "vision_model")],
 )
 def test_modules_that_must_stay_unquantized(int4, tmp_path, ignored, said):
     folder = tmp_path / "model"
@@ -124,7 +124,17 @@ def test_modules_that_must_stay_unquantized(int4, tmp_path, ignored, said):
     checkpoints.edit_config(folder, lambda c: c["quantization_config"]["ignore"].remove(ignored))
     with pytest.raises(CheckpointError, match=said) as caught:
         open_checkpoint(folder)
-    assert "unquantized only" in caught.value.message
+    assert "lies there unquantized" in caught.value.message
+
+
+def test_a_router_that_no_ignore_names(int4, tmp_path):
+    """Early versions listed the classes "Linear" alone in `ignore`, and Llama4Router is one by inheritance only."""
+    folder = tmp_path / "model"
+    shutil.copytree(int4, folder)
+    checkpoints.edit_config(folder, lambda c: c["quantization_config"]["ignore"].remove("re:.*router$"))
+    reader = open_checkpoint(folder)
+    assert reader.linear_format("language_model.model.layers.0.feed_forward.router") is None
+    assert reader.linear_format(EXPERT).kind == "int4"
 
 
 def test_a_group_size_that_does_not_divide(int4, tmp_path):

@@ -1,28 +1,27 @@
-"""GGUF files read back: float tensors, architecture, tokenizer. The `gguf` package parses the headers."""
+"""GGUF files read back: float tensors, architecture, tokenizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from converters.gguf_metadata import CONTROL, VISION_ARCH, arch_from_metadata
+from converters.gguf_file import DTYPES, GgufFile
+from converters.gguf_metadata import VISION_ARCH, arch_from_metadata
 from converters.gguf_names import GGUF, ROPE_FREQS, text_rows, vision_rows
-from converters.hf_side_files import small_files
-from converters.mapped import MappedFile, StoredTensor
-from converters.names import Part
+from converters.gguf_tokenizer import hf_files
+from converters.mapped import StoredTensor
+from converters.names import Part, Row
 from converters.piece_reader import PieceReader, Source
-from converters.tiktoken_bpe import bpe_json, merges_of
-from l4tool.core.byte_level import unspell
-from l4tool.core.errors import CheckpointError, InputMissing, UsageError
+from l4tool.core.errors import CheckpointError, InputMissing
 
-MAGIC = b"GGUF"
 SUFFIX = ".gguf"
-DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # GGMLQuantizationType
+COMPARED = 1 << 24  # values at a time, to see whether a narrower dtype holds them
+MAX_PARTS = 1 << 16
 SIDE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*", "README*")
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -32,57 +31,6 @@ def is_gguf(path: Path) -> bool:
     if path.is_dir():
         return any(path.glob(f"*{SUFFIX}")) and not (path / "config.json").is_file()
     return path.suffix == SUFFIX and path.is_file()
-
-
-class GgufFile(MappedFile):
-    """One file: `metadata`, and its tensors in the reverse of GGUF's order of dimensions.
-
-    Raises CheckpointError for anything wrong with the header, and for quantized tensors.
-    """
-
-    constants = frozenset({ROPE_FREQS})
-
-    def __init__(self, path: Path) -> None:
-        self.metadata: dict[str, Any] = {}
-        reader = _parse(path)
-        for name, field in reader.fields.items():
-            self.metadata[name] = field.contents()
-        super().__init__(path, {t.name: _stored(path, t) for t in reader.tensors})
-
-
-def _parse(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise UsageError("GGUF needs the package gguf", hint="pip install 'l4tool[gguf]'") from None
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise InputMissing(f"cannot read {path}: {error.strerror or error}", hint="give a .gguf file") from error
-    if magic != MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file", hint="download or copy it again")
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # the package checks little: a broken header raises whatever it happens to run into
-        raise CheckpointError(f"{path} is not a sound GGUF file: {error}", hint="download or copy it again") from error
-
-
-def _stored(path: Path, tensor: Any) -> StoredTensor:
-    kind = int(tensor.tensor_type)
-    if kind not in DTYPES:
-        raise CheckpointError(
-            f"{path}: tensor {tensor.name!r} is {tensor.tensor_type.name}, of which convert makes no floats",
-            hint="convert from the GGUF file in BF16, F16 or F32 that it was quantized from",
-        )
-    dtype, shape = DTYPES[kind], tuple(int(size) for size in reversed(tensor.shape))
-    start, count = int(tensor.data_offset), 1
-    for size in shape:
-        count *= size
-    stop = start + count * dtype.itemsize
-    if stop > path.stat().st_size:
-        raise CheckpointError(f"{path} is truncated: tensor {tensor.name!r} ends at byte {stop}")
-    return StoredTensor(tensor.name, dtype, shape, start, stop, path)
 
 
 @dataclass(frozen=True)
@@ -120,7 +68,7 @@ class GgufReader(PieceReader):
         arch, config = arch_from_metadata(text.metadata, seen, scaling, dtype, where)
         sources = _sources(text, text_rows(arch.text))
         if vision is not None and arch.vision is not None:
-            sources += _sources(vision, vision_rows(arch.vision, arch.text.hidden_size))
+            sources += _sources(vision, _spelled(vision, vision_rows(arch.vision, arch.text.hidden_size)))
         folder = path if path.is_dir() else path.parent
         side = sorted({file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()})
         super().__init__(folder, GGUF, arch, config, sources, self._hf_files, side, lambda name: tuple(DTYPES.values()))
@@ -131,13 +79,11 @@ class GgufReader(PieceReader):
     def values(self, piece: Part, stored: StoredTensor, view: torch.Tensor) -> torch.Tensor:
         return view.to(self.dtype)
 
+    def from_bytes(self, name: str, raw: torch.Tensor) -> torch.Tensor:
+        return super().from_bytes(name, raw).to(self.dtype)
+
     def _hf_files(self) -> dict[str, bytes]:
-        files = small_files(self.arch)
-        files["tokenizer.json"] = _tokenizer(self._text.metadata, str(self._text.files[0].path)).encode()
-        template = self._text.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            files["chat_template.jinja"] = template.encode()
-        return files
+        return hf_files(self._text.metadata, self.arch, str(self._text.files[0].path))
 
 
 def open_gguf(path: Path) -> GgufReader:
@@ -156,28 +102,49 @@ def _models(path: Path) -> tuple[_Model, _Model | None]:
         raise CheckpointError(
             f"{path} has no language model in GGUF", hint="give the model's .gguf file, not its mmproj"
         )
-    vision = by_arch[True]
-    return _joined(by_arch[False], path), _joined(vision, path) if vision else None
+    text, towers = _joined(by_arch[False], path), by_arch[True]
+    if len(towers) > 1:  # repositories offer one tower in several types
+        kind = text.metadata.get("general.file_type")
+        towers = [file for file in towers if file.metadata.get("general.file_type") == kind] or towers
+    return text, _joined(towers, path) if towers else None
 
 
 def _wanted(file: Path, path: Path) -> bool:
-    """The file itself, the other parts of it, and a vision tower."""
+    """The file itself, the other parts of it, and what may be a vision tower."""
     ours, theirs = _SPLIT.match(path.name), _SPLIT.match(file.name)
     same = file == path or (ours is not None and theirs is not None and ours[1] == theirs[1] and ours[3] == theirs[3])
-    return same or file.name.startswith("mmproj")
+    return same or "mmproj" in file.name.lower()
 
 
 def _joined(files: list[GgufFile], path: Path) -> _Model:
     """One model of one file or of all parts of a split. Raises CheckpointError or InputMissing."""
-    counts = {int(file.metadata.get("split.count", 1)) for file in files}
-    if len(counts) > 1 or (counts == {1} and len(files) > 1):
+    count = _number(files[0], "split.count", 1)
+    stems = {split[1] if (split := _SPLIT.match(file.path.name)) else file.path.name for file in files}
+    if len(stems) > 1 or any(_number(file, "split.count", 1) != count for file in files):
         names = ", ".join(file.path.name for file in files[:4])
-        raise CheckpointError(f"{path} holds several models: {names}", hint="give one of the files instead")
-    parts = {int(file.metadata.get("split.no", 0)): file for file in files}
-    missing = sorted(set(range(counts.pop())) - set(parts))
+        raise CheckpointError(f"{path} holds several models: {names}", hint="leave one of them in the folder")
+    parts = {_number(file, "split.no", 0): file for file in files}
+    missing = sorted(set(range(count)) - set(parts))
     if missing:
         raise InputMissing(f"{path}: part {missing[0] + 1} of the split model is missing", hint="finish the download")
+    total = sum(len(file.tensors) for file in files)
+    if len(files) != count or total != _number(files[0], "split.tensors.count", total):
+        raise CheckpointError(f"{path}: the parts are not of one model", hint="download or convert it again")
     return _Model([parts[number] for number in sorted(parts)])
+
+
+def _number(file: GgufFile, key: str, default: int) -> int:
+    value = file.metadata.get(key, default)
+    if not isinstance(value, int) or not 0 <= value < MAX_PARTS:
+        raise CheckpointError(f"{file.path}: {key} is {str(value)[:40]!r}", hint="download or copy it again")
+    return value
+
+
+def _spelled(vision: _Model, rows: list[Row]) -> list[Row]:
+    """The converter with gguf 0.19 calls a layer's second norm what it calls Gemma 4's: both are named alike in HF."""
+    if vision.tensor("v.blk.0.ln2.weight") or not vision.tensor("v.blk.0.attn_post_norm.weight"):
+        return rows
+    return [replace(row, stored=row.stored.replace(".ln2.", ".attn_post_norm.")) for row in rows]
 
 
 def _sources(model: _Model, rows: Iterable[Any]) -> list[Source]:
@@ -197,34 +164,16 @@ def _dtype(text: _Model, vision: _Model | None) -> str:
     dtype = embedding[1].dtype
     for file in [*text.files, *(vision.files if vision else ())]:
         for name, tensor in file.tensors.items():
-            if tensor.dtype == dtype or name == ROPE_FREQS:
-                continue
-            values = file.view(name)
-            if not torch.equal(values.to(dtype).to(values.dtype), values):
+            if dtype not in (tensor.dtype, torch.float32) and name != ROPE_FREQS and not _holds(dtype, file.view(name)):
                 return "float32"
     return str(dtype).removeprefix("torch.")
+
+
+def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
+    return all(torch.equal(v.to(dtype).to(v.dtype), v) for v in values.reshape(-1).split(COMPARED))
 
 
 def _with_sizes(vision: _Model) -> dict[str, Any]:
     """Its metadata, and the size that only a tensor tells."""
     found = vision.tensor("mm.model.mlp.2.weight")
     return vision.metadata | ({"mm.model.mlp.2": found[1].shape[0]} if found else {})
-
-
-def _tokenizer(metadata: dict[str, Any], where: str) -> str:
-    """tokenizer.json out of the tokens and merges. Raises CheckpointError for another kind of tokenizer."""
-    try:
-        kinds, tokens = metadata["tokenizer.ggml.token_type"], metadata["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        if metadata["tokenizer.ggml.model"] != "gpt2" or metadata["tokenizer.ggml.pre"] != "llama4":
-            raise ValueError(f"{metadata['tokenizer.ggml.model']}/{metadata['tokenizer.ggml.pre']}")
-        first = kinds.index(CONTROL)
-        base = [unspell(token) for token in tokens[:first]]
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{where}: its tokenizer is not Llama 4's ({error})", hint="convert the model anew"
-        ) from error
-    whole = {(tokens[left], tokens[right]) for left, right in merges_of(base)}
-    pairs = [(merge[0], merge[1]) for merge in merges]
-    special = [token for token, kind in zip(tokens[first:], kinds[first:], strict=True) if kind == CONTROL]
-    return bpe_json(tokens[:first], pairs, special, ignore_merges=set(pairs) == whole)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from converters.arch_io import arch_from_config
+from converters.arch_io import MAX_EXPERTS, MAX_LAYERS, arch_from_config
 from converters.hf_config import hf_config
 from l4tool.core.arch import Arch, RopeScaling, TextArch, VisionArch
 from l4tool.core.errors import CheckpointError, UsageError
@@ -23,7 +23,6 @@ from l4tool.core.prompt import NUM_SPECIAL
 ARCH, VISION_ARCH, PROJECTOR = "llama4", "clip", "llama4"
 CONFIG_KEY = "l4tool.config"
 CHUNK, FLOOR, SCALE, FULL_EVERY, NO_QK_NORM_EXPERTS = 8192, 8192.0, 0.1, 4, 128
-NORMAL, CONTROL = 1, 3  # token types
 SCALINGS = ((16.0, 1.0, 1.0, 8192), (8.0, 1.0, 4.0, 8192))  # published: Scout Instruct, Scout base
 
 
@@ -135,7 +134,7 @@ def arch_from_metadata(
         if vision is not None:
             first = arch.text.vocab_size - NUM_SPECIAL
             arch = Arch(arch.text, _vision(vision), dtype, first + 80, first + 81, first + 92)
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         raise CheckpointError(
             f"{where}: metadata {error} is missing or wrong", hint="convert the model anew"
         ) from error
@@ -153,7 +152,7 @@ def _from_own_key(text: Mapping[str, Any], has_vision: bool, dtype: str, where: 
             for key in ("dtype", "torch_dtype"):
                 if key in part:
                     part[key] = dtype
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: {CONFIG_KEY} is not a config.json: {error}") from error
     return arch_from_config(config, f"{where}: {CONFIG_KEY}"), config
 
@@ -164,6 +163,8 @@ def _text(m: Mapping[str, Any], factors: list[float] | None, where: str) -> Text
 
     layers, heads, experts = value("block_count"), value("attention.head_count"), value("expert_count")
     hidden, step = value("embedding_length"), value("interleave_moe_layer_step")
+    if not 0 < layers <= MAX_LAYERS or not 0 < experts <= MAX_EXPERTS:
+        raise ValueError(f"block_count {layers} or expert_count {experts}")
     head_dim = int(m.get(f"{ARCH}.attention.key_length", hidden // heads))
     theta = float(m[f"{ARCH}.rope.freq_base"])
     vocab = len(m["tokenizer.ggml.tokens"])
@@ -203,7 +204,7 @@ def _scaling(theta: float, head_dim: int, factors: list[float] | None, where: st
     if factors is None:
         return None
     wanted = torch.tensor(factors, dtype=torch.float32)
-    for known in SCALINGS:
+    for known in SCALINGS if 2 * len(factors) == head_dim else ():
         scaling = RopeScaling(*known)
         if torch.allclose(torch.tensor(scaling_factors(theta, head_dim, scaling)), wanted, rtol=1e-5, atol=0):
             return scaling

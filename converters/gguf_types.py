@@ -11,11 +11,12 @@ import torch
 from converters.reader import TensorInfo
 from converters.writer import TensorSpec
 from converters.writing.encoder import Encoded, Encoder, Scratch
-from l4tool.core.errors import UsageError
+from l4tool.core.errors import CheckpointError, UsageError
 
 BLOCK = 32  # values that share a scale
 # name → bytes of a block, `general.file_type` (llama.cpp's LLAMA_FTYPE_MOSTLY_*)
 QUANTIZED = {"q8_0": (34, 7), "q5_1": (24, 9), "q5_0": (22, 8), "q4_1": (20, 3), "q4_0": (18, 2)}
+HALVES = {name: 2 if name.endswith("_1") else 1 for name in QUANTIZED}  # float16 at a block's beginning: scale, minimum
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32} | {name: file_type for name, (_, file_type) in QUANTIZED.items()}
 
 
@@ -46,7 +47,9 @@ class Blocks(Encoder):
 
     def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         packed = scratch.empty("packed", (weight.shape[0], self.row_bytes(weight.shape[1])), torch.uint8)
-        pack(weight, self.type_name, packed)
+        with np.errstate(over="ignore", invalid="ignore"):  # what that makes is seen below
+            pack(weight, self.type_name, packed)
+        _require_held(weight, packed, self.type_name, info.name, row)
         return Encoded([(stored, packed, row)])
 
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
@@ -71,3 +74,26 @@ def pack(weight: torch.Tensor, type_name: str, packed: torch.Tensor) -> None:
     for start in range(0, weight.shape[0], SLICE):
         rows = weight[start : start + SLICE].float().contiguous().numpy()
         packed[start : start + SLICE] = torch.from_numpy(np.ascontiguousarray(quants.quantize(rows, qtype)))
+
+
+def _require_held(weight: torch.Tensor, packed: torch.Tensor, type_name: str, name: str, row: int) -> None:
+    """Raises CheckpointError for NaN, Inf, and values whose block's scale float16 cannot hold.
+
+    All of them make it infinite or NaN, but for those that the kernels' comparisons pass over.
+    """
+    for start in range(0, weight.shape[0], SLICE):
+        low, high = torch.aminmax(weight[start : start + SLICE])
+        blocks = packed[start : start + SLICE].reshape(-1, block_bytes(type_name))
+        halves = blocks[:, : 2 * HALVES[type_name]].contiguous().view(torch.float16)
+        if bool(low.isfinite() & high.isfinite()) and bool(halves.isfinite().all()):
+            continue
+        lost = ~halves.isfinite().all(1)
+        values = weight[start : start + SLICE].reshape(-1, BLOCK)
+        bad = ~values.isfinite() | (lost[:, None] & (values.abs() == values.abs().amax(1, keepdim=True)))
+        block, at = (int(index) for index in bad.nonzero()[0])
+        place = block * BLOCK + at
+        raise CheckpointError(
+            f"{name}: element [{row + start + place // weight.shape[1]}, {place % weight.shape[1]}] is "
+            f"{float(values[block, at]):g}, which {type_name} cannot hold",
+            hint="use --dtype bf16 or f32",
+        )

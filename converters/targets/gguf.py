@@ -8,7 +8,6 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from converters.encoders import DTYPES, Plain
 from converters.gguf_metadata import (
     ARCH,
     CONFIG_KEY,
-    CONTROL,
-    NORMAL,
     VISION_ARCH,
     require_expressible,
     rope_factors,
@@ -28,17 +25,17 @@ from converters.gguf_metadata import (
     vision_metadata,
 )
 from converters.gguf_names import ROPE_FREQS, is_always_f32, text_rows, vision_rows
+from converters.gguf_tokenizer import tell_tokenizer
 from converters.gguf_types import FILE_TYPES, QUANTIZED, Blocks, block_bytes
 from converters.names import Row
 from converters.origin import Origin, read_origin
 from converters.reader import Reader
-from converters.side_sources import side_file
 from converters.targets import Options, Output, OutputFile, Piece
 from converters.targets.hf import flat_shape, output_arch, output_config
 from converters.writer import ShardPlan, TensorSpec
 from converters.writing.encoder import Encoder
 from l4tool.core.arch import Arch
-from l4tool.core.errors import CheckpointError, UsageError
+from l4tool.core.errors import UsageError
 
 # The embedding and the output decide every token: below 8 bits they stay at 8, as llama.cpp's own mixtures keep them.
 KEPT_AT_8_BITS, EIGHT_BITS = ("token_embd.weight", "output.weight"), "q8_0"
@@ -122,38 +119,10 @@ class _TextFile(_File):
     def tell(self, writer: Any) -> None:
         writer.add_type("model")
         super().tell(writer)
-        generation = json.loads(side_file(self.reader, "generation_config.json") or b"{}")
-        for key, method in (("top_p", writer.add_sampling_top_p), ("temperature", writer.add_sampling_temp)):
-            if isinstance(generation.get(key), int | float):
-                method(float(generation[key]))
         for _, method_name, value in text_metadata(self.arch):
             getattr(writer, method_name)(value)
         writer.add_string(CONFIG_KEY, json.dumps(self.config))
-        self._tell_tokenizer(writer)
-
-    def _tell_tokenizer(self, writer: Any) -> None:
-        tokenizer = _read_tokenizer(self.reader)
-        tokens, types = _tokens(tokenizer, self.arch.text.vocab_size, self.reader)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama4")
-        writer.add_token_list(tokens)
-        writer.add_token_types(types)
-        merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
-        writer.add_token_merges(merges)
-        t, names = self.arch.text, json.loads(side_file(self.reader, "tokenizer_config.json") or b"{}")
-        ends = names.get("eos_token")
-        ends = ends.get("content") if isinstance(ends, dict) else ends
-        if t.bos_token_id is not None:
-            writer.add_bos_token_id(t.bos_token_id)
-        if ends in tokens or t.eos_token_ids:
-            writer.add_eos_token_id(tokens.index(ends) if ends in tokens else t.eos_token_ids[0])
-        if t.pad_token_id is not None:
-            writer.add_pad_token_id(t.pad_token_id)
-        writer.add_add_bos_token(True)
-        writer.add_add_eos_token(False)
-        template = side_file(self.reader, "chat_template.jinja") or (names.get("chat_template") or "")
-        if template:
-            writer.add_chat_template(template.decode() if isinstance(template, bytes) else template)
+        tell_tokenizer(writer, self.reader, self.arch)
 
 
 class _VisionFile(_File):
@@ -174,31 +143,6 @@ class _VisionFile(_File):
         super().tell(writer)
         for method, value in vision_metadata(self.vision, self.arch.text.hidden_size):
             getattr(writer, method)(value)
-
-
-def _read_tokenizer(reader: Reader) -> dict[str, Any]:
-    raw = side_file(reader, "tokenizer.json")
-    if raw is None:
-        raise CheckpointError(f"{reader.path} has no tokenizer.json", hint="copy it there: GGUF files hold it")
-    try:
-        tokenizer: dict[str, Any] = json.loads(raw)
-        if tokenizer["model"]["type"] != "BPE" or not isinstance(tokenizer["model"]["merges"], list):
-            raise ValueError("not a BPE")
-        return tokenizer
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{reader.path / 'tokenizer.json'} is not a byte-level BPE tokenizer: {error}") from None
-
-
-def _tokens(tokenizer: dict[str, Any], vocab_size: int, reader: Reader) -> tuple[list[str], list[int]]:
-    """Every token by id, and its type; ids that nothing has are filled as llama.cpp's converter fills them."""
-    found = {int(rank): (str(token), NORMAL) for token, rank in tokenizer["model"]["vocab"].items()}
-    found |= {int(t["id"]): (str(t["content"]), CONTROL) for t in tokenizer["added_tokens"]}
-    if max(found) >= vocab_size:
-        raise CheckpointError(
-            f"{reader.path / 'tokenizer.json'} has token {max(found)}, config.json's vocab_size is {vocab_size}"
-        )
-    tokens = [found.get(n, (f"[PAD{n}]", 5)) for n in range(vocab_size)]
-    return [token for token, _ in tokens], [kind for _, kind in tokens]
 
 
 def _files(file_name: str, model: _File, max_bytes: int | None) -> list[OutputFile]:
@@ -223,7 +167,7 @@ def _files(file_name: str, model: _File, max_bytes: int | None) -> list[OutputFi
 
 def _filled(model: _File, max_bytes: int | None) -> tuple[Any, dict[str, TensorSpec]]:
     """The package's writer with every key and tensor told, and what is to be written of each tensor."""
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter, size_label
 
     writer, specs = GGUFWriter(None, model.arch_name, split_max_size=max_bytes or 0), {}
     model.tell(writer)
@@ -241,7 +185,8 @@ def _filled(model: _File, max_bytes: int | None) -> tuple[Any, dict[str, TensorS
         else:
             spec = TensorSpec(row.stored, shape, DTYPES[kind])
             writer.add_tensor_info(row.stored, row.shape, np.dtype(np.float32), spec.nbytes, raw_dtype=qtype)
-        specs[row.stored] = replace(spec)
+        specs[row.stored] = spec
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     return writer, specs
 
 

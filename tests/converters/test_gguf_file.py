@@ -173,7 +173,8 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path):
     keys |= {"llama4.rope.freq_base": (5e5, "add_float32"), "tokenizer.ggml.tokens": (tokens, "add_array"),
              "llama4.attention.layer_norm_rms_epsilon": (1e-5, "add_float32"),
              "tokenizer.ggml.merges": (["a b"], "add_array"), "tokenizer.ggml.token_type": ([1, 1, 1, 3], "add_array"),
-             "tokenizer.ggml.model": ("gpt2", "add_string"), "tokenizer.ggml.pre": ("llama4", "add_string")}  # fmt: skip
+             "tokenizer.ggml.model": ("gpt2", "add_string"),
+             "tokenizer.ggml.pre": ("llama4", "add_string")}  # fmt: skip
     tensors = {"token_embd.weight": np.ones((4, 8), np.float32), "rope_freqs.weight": np.ones(2, np.float32)}
     path = write(tmp_path / "a.gguf", tensors, keys)
     whole, rng = path.read_bytes(), random.Random(5)

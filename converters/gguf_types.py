@@ -47,9 +47,9 @@ class Blocks(Encoder):
 
     def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
         packed = scratch.empty("packed", (weight.shape[0], self.row_bytes(weight.shape[1])), torch.uint8)
-        with np.errstate(over="ignore", invalid="ignore"):  # what that makes is seen below
-            pack(weight, self.type_name, packed)
-        _require_held(weight, packed, self.type_name, info.name, row)
+        bad = pack(weight, self.type_name, packed)
+        if bad >= 0:
+            raise _cannot_hold(weight[bad], self.type_name, info.name, row + bad)
         return Encoded([(stored, packed, row)])
 
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
@@ -60,40 +60,34 @@ class Blocks(Encoder):
 SLICE = 64  # rows at a time, so that the intermediate arrays of numpy stay in the cache
 
 
-def pack(weight: torch.Tensor, type_name: str, packed: torch.Tensor) -> None:
-    """Floats [rows, cols] → `packed` uint8 [rows, bytes]."""
+def pack(weight: torch.Tensor, type_name: str, packed: torch.Tensor) -> int:
+    """Floats [rows, cols] → `packed` uint8 [rows, bytes]. Returns the first row that it cannot hold, or -1: NaN, Inf,
+    and values whose block's scale is none in float16."""
     if type_name in ("q8_0", "q4_0"):
         from converters.kernels.blocks import pack_q4_0, pack_q8_0
 
-        kernel = pack_q8_0 if type_name == "q8_0" else pack_q4_0
-        kernel(weight, packed)
-        return
+        return (pack_q8_0 if type_name == "q8_0" else pack_q4_0)(weight, packed)
     from gguf import GGMLQuantizationType, quants
 
-    qtype = GGMLQuantizationType[type_name.upper()]
+    qtype, halves = GGMLQuantizationType[type_name.upper()], 2 * HALVES[type_name]
     for start in range(0, weight.shape[0], SLICE):
         rows = weight[start : start + SLICE].float().contiguous().numpy()
-        packed[start : start + SLICE] = torch.from_numpy(np.ascontiguousarray(quants.quantize(rows, qtype)))
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf make a scale like themselves
+            blocks = quants.quantize(rows, qtype)
+        packed[start : start + SLICE] = torch.from_numpy(np.ascontiguousarray(blocks))
+        scales = blocks.reshape(len(rows), -1, block_bytes(type_name))[:, :, :halves]
+        bad = ~np.isfinite(np.ascontiguousarray(scales).view(np.float16)).all((1, 2))
+        if bad.any():
+            return start + int(bad.argmax())
+    return -1
 
 
-def _require_held(weight: torch.Tensor, packed: torch.Tensor, type_name: str, name: str, row: int) -> None:
-    """Raises CheckpointError for NaN, Inf, and values whose block's scale float16 cannot hold.
-
-    All of them make it infinite or NaN, but for those that the kernels' comparisons pass over.
-    """
-    for start in range(0, weight.shape[0], SLICE):
-        low, high = torch.aminmax(weight[start : start + SLICE])
-        blocks = packed[start : start + SLICE].reshape(-1, block_bytes(type_name))
-        halves = blocks[:, : 2 * HALVES[type_name]].contiguous().view(torch.float16)
-        if bool(low.isfinite() & high.isfinite()) and bool(halves.isfinite().all()):
-            continue
-        lost = ~halves.isfinite().all(1)
-        values = weight[start : start + SLICE].reshape(-1, BLOCK)
-        bad = ~values.isfinite() | (lost[:, None] & (values.abs() == values.abs().amax(1, keepdim=True)))
-        block, at = (int(index) for index in bad.nonzero()[0])
-        place = block * BLOCK + at
-        raise CheckpointError(
-            f"{name}: element [{row + start + place // weight.shape[1]}, {place % weight.shape[1]}] is "
-            f"{float(values[block, at]):g}, which {type_name} cannot hold",
-            hint="use --dtype bf16 or f32",
-        )
+def _cannot_hold(row: torch.Tensor, type_name: str, name: str, number: int) -> CheckpointError:
+    """The error for row `number`: its first NaN or Inf, else its largest value."""
+    values = row.float()
+    odd = (~values.isfinite()).nonzero()
+    at = int(odd[0] if len(odd) else values.abs().argmax())
+    return CheckpointError(
+        f"{name}: element [{number}, {at}] is {float(values[at]):g}, which {type_name} cannot hold",
+        hint="use --dtype bf16 or f32",
+    )

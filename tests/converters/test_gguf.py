@@ -2,6 +2,7 @@
 test_gguf_in_llama_cpp.py."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,11 @@ from converters.conversion import How, check_options, convert  # noqa: E402
 from converters.detect import open_checkpoint, open_source  # noqa: E402
 from converters.gguf_metadata import arch_from_metadata, rope_factors, scaling_factors  # noqa: E402
 from converters.gguf_names import ROPE_FREQS, text_rows, vision_rows  # noqa: E402
-from converters.gguf_types import QUANTIZED, pack  # noqa: E402
+from converters.gguf_tokenizer import hf_files, tokenizer_json  # noqa: E402
+from converters.gguf_types import QUANTIZED, Blocks, pack  # noqa: E402
+from converters.reader import TensorInfo  # noqa: E402
 from converters.targets import Options  # noqa: E402
+from converters.writing.encoder import Scratch  # noqa: E402
 from l4tool.core.arch import RopeScaling  # noqa: E402
 from l4tool.core.errors import CheckpointError, InputMissing, UsageError  # noqa: E402
 from tests import checkpoints  # noqa: E402
@@ -71,12 +75,12 @@ def metadata(path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_there_and_back_is_the_same_checkpoint(dtype, source, tmp_path):
-    """Shards, tokenizer and config.json; in float32 the values."""
+    """Shards, tokenizer, config.json and the small files; in float32 the values."""
     to_gguf(source, tmp_path / "gguf", dtype=dtype)
     convert(open_source(tmp_path / "gguf"), tmp_path / "back", Options("hf", shard_bytes=4 * 10**6), How())
     if dtype == "bf16":
         for path in source.iterdir():
-            if path.suffix == ".safetensors" or path.name in ("tokenizer.json", "chat_template.jinja"):
+            if path.name not in ("config.json", "model.safetensors.index.json"):
                 assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
         assert json.loads((source / "config.json").read_text()) == json.loads(
             (tmp_path / "back" / "config.json").read_text()
@@ -141,6 +145,17 @@ def test_blocks_are_the_packages(name):
         assert np.array_equal(packed.numpy(), expected)
 
 
+@pytest.mark.parametrize("name", list(QUANTIZED))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e8])
+def test_what_no_block_can_hold_is_named(name, value):
+    """NaN, Inf, and more than float16 can scale: an infinite scale would make the whole block NaN."""
+    weight = torch.randn(70, 64)
+    weight[66, 40] = value
+    info = TensorInfo("some.weight", (70, 64), torch.float32, 70 * 64 * 4, None)
+    with pytest.raises(CheckpointError, match=re.escape(f"some.weight: element [76, 40] is {value:g}")):
+        Blocks(name).encode(weight, info, "x", 10, Scratch())
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])
 def test_a_quantized_file(name, source, tmp_path):
     to_gguf(source, tmp_path / "out", dtype=name, text_only=True)
@@ -167,16 +182,160 @@ def test_split_files(source, tmp_path):
         f"tiny-BF16-{n + 1:05d}-of-{len(parts):05d}.gguf" for n in range(len(parts))
     ]
     assert len(parts) > 2
+    total = sum(len(gguf.GGUFReader(part).tensors) for part in parts)
     for number, part in enumerate(parts):
         keys = metadata(part)
         assert (keys["split.no"], keys["split.count"]) == (number, len(parts))
-        assert keys["split.tensors.count"] == sum(len(gguf.GGUFReader(p).tensors) for p in parts)
+        assert keys["split.tensors.count"] == total
     for path in (tmp_path / "out", parts[0], parts[-1]):
         reader = open_source(path)
         assert_same(tensors(source), {name: reader.read(name) for name in reader.tensors()})
     parts[1].unlink()
     with pytest.raises(InputMissing, match="part 2 of the split model is missing"):
         open_source(tmp_path / "out")
+
+
+def test_parts_of_two_models_are_not_one(source, tmp_path):
+    """Two splits of as many parts, each incomplete: together they would count as one."""
+    for name in ("a", "b"):
+        to_gguf(checkpoints.copy(source, tmp_path / name), tmp_path / f"{name}-out", shard_bytes=5 * 10**6)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "a-out").glob("a-BF16-*.gguf"))):
+        from_other = tmp_path / "b-out" / path.name.replace("a-BF16", "b-BF16")
+        (from_other if number == 1 else path).rename(mixed / (from_other if number == 1 else path).name)
+    with pytest.raises(CheckpointError, match="several models"):
+        open_source(mixed)
+    with pytest.raises(InputMissing, match="part 2"):
+        open_source(next(mixed.glob("a-BF16-00001-*")))
+
+
+def with_key(path, key, value):
+    """Change a number in a file's metadata in place."""
+    field = gguf.GGUFReader(path, "r+").fields[key]
+    field.parts[field.data[0]][0] = value
+
+
+def test_one_of_several_towers(source, folder, tmp_path):
+    """Repositories offer a tower in several types: the one in the model's own type is taken."""
+    copy = checkpoints.copy(folder, tmp_path / "copy")
+    to_gguf(source, tmp_path / "f32", dtype="f32")
+    (tmp_path / "f32" / "mmproj-tiny-F32.gguf").rename(copy / "mmproj-F32.gguf")
+    for path in (copy, copy / "tiny-BF16.gguf"):
+        assert_same(tensors(source), {n: t for reader in [open_source(path)] for n in reader.tensors()
+                                      for t in [reader.read(n)]})  # fmt: skip
+    with_key(copy / "mmproj-tiny-BF16.gguf", "general.file_type", 1)
+    with pytest.raises(CheckpointError, match="several models: mmproj-F32"):
+        open_source(copy)
+
+
+def test_a_tower_with_the_norm_under_the_other_name(source, folder, tmp_path):
+    """As llama.cpp's converter writes it with this version of the package."""
+    map_ = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 2)
+    assert map_.get_name("vision_model.model.layers.1.post_attention_layernorm") == "v.blk.1.attn_post_norm"
+    copy = checkpoints.copy(folder, tmp_path / "copy")
+    path = copy / "mmproj-tiny-BF16.gguf"
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "clip")
+    reader = gguf.GGUFReader(path)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        name = tensor.name.replace(".ln2.", ".attn_post_norm.")
+        writer.add_tensor(name, tensor.data, raw_shape=tensor.data.shape, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").rename(path)
+    found = open_source(copy)
+    assert_same(tensors(source), {name: found.read(name) for name in found.tensors()})
+
+
+def test_the_tokenizers_keys_are_the_packages(source, folder):
+    """Against what its SpecialVocab finds in the folder, and transformers' tokenizer."""
+    from transformers import AutoTokenizer
+
+    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata(folder / "tiny-BF16.gguf").items()}
+    special = gguf.SpecialVocab(source, load_merges=True)
+    assert keys["merges"] == special.merges and keys["tokenizer.chat_template"] == special.chat_template
+    names = {"pad": "padding_token_id"}
+    assert {names.get(n, f"{n}_token_id"): i for n, i in special.special_token_ids.items()} == {
+        key: value for key, value in keys.items() if key.endswith("_token_id")
+    }
+    flags = {"eos": False} | special.add_special_token  # which some versions leave out
+    assert {f"add_{name}_token": flag for name, flag in flags.items()} == {
+        key: value for key, value in keys.items() if key.startswith("add_")
+    }
+    theirs = AutoTokenizer.from_pretrained(source)
+    assert keys["tokens"] == [theirs.convert_ids_to_tokens(n) for n in range(len(theirs))]
+    added = theirs.get_added_vocab()
+    assert keys["token_type"] == [3 if token in added else 1 for token in keys["tokens"]]
+
+
+def edit_json(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_tokenizers_that_llama_cpp_would_use_otherwise(source, tmp_path):
+    copy = checkpoints.copy(source, tmp_path / "copy")
+
+    def other_pattern(tokenizer):
+        tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
+
+    edit_json(copy / "tokenizer.json", other_pattern)
+    with pytest.raises(CheckpointError, match="Llama 4's pattern"):
+        to_gguf(copy, tmp_path / "out")
+    for broken in ("[]", "{}", '{"model": {"type": "BPE", "vocab": {}}, "added_tokens": []}', "nonsense"):
+        (copy / "tokenizer.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            to_gguf(copy, tmp_path / "out")
+    (copy / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (copy / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        to_gguf(copy, tmp_path / "out")
+
+
+def test_no_bos_is_told_where_the_tokenizer_adds_none(source, tmp_path):
+    copy = checkpoints.copy(source, tmp_path / "copy")
+    edit_json(copy / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=None))
+    to_gguf(copy, tmp_path / "out", text_only=True)
+    assert metadata(tmp_path / "out" / "copy-BF16.gguf")["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_small_files_of_a_foreign_file(folder):
+    """Named tokens and sampling values come from llama.cpp's keys; without a template there is none."""
+    keys = metadata(folder / "tiny-BF16.gguf")
+    keys = {key: value for key, value in keys.items() if not key.startswith("l4tool.")}
+    arch = open_source(folder).arch
+    end = keys["tokenizer.ggml.tokens"].index("<|end_of_text|>")
+    keys |= {"general.sampling.temp": float(np.float32(0.7)), "tokenizer.ggml.eos_token_id": end}
+    files = hf_files(keys, arch, "x")
+    assert json.loads(files["generation_config.json"])["temperature"] == 0.7
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "<|end_of_text|>"
+    assert "preprocessor_config.json" in files and files["chat_template.jinja"]
+    del keys["tokenizer.chat_template"]
+    assert "chat_template.jinja" not in hf_files(keys, arch, "x")
+
+
+def test_foreign_tokenizers_are_refused(folder):
+    """Whatever cannot become a tokenizer.json with the same ids."""
+    keys = metadata(folder / "tiny-BF16.gguf")
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    first = types.index(3)
+    inside = [*types[: first + 5], 4, *types[first + 6 :]]
+    for name, value in [
+        ("model", "llama"), ("pre", "llama-bpe"), ("token_type", inside), ("token_type", types[:-1]), ("merges", ["a"]),
+        ("merges", ["a b c"]), ("merges", [1]), ("tokens", None), ("tokens", ["\u4f60", *tokens[1:]]),
+        ("token_type", [1] * len(types)), ("tokens", [t.replace("begin_of", "x") for t in tokens]),
+    ]:  # fmt: skip
+        with pytest.raises(CheckpointError, match="tokenizer is not Llama 4's"):
+            tokenizer_json(keys | {f"tokenizer.ggml.{name}": value}, "x")
+    unused = keys | {"tokenizer.ggml.tokens": [*tokens, "[PAD9]"], "tokenizer.ggml.token_type": [*types, 5]}
+    assert tokenizer_json(unused, "x") == tokenizer_json(keys, "x")
 
 
 def test_a_file_of_llama_cpps_converter(source, folder, tmp_path):

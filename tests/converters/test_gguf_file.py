@@ -136,9 +136,8 @@ BROKEN = {
     "a far tensor": (header(tensors=tensor(offset=2**63), num_tensors=1) + bytes(64), "truncated"),
     "a tensor off its place": (header(tensors=tensor(offset=4), num_tensors=1) + bytes(64), "not aligned"),
     "a tensor twice": (header(tensors=tensor() + tensor(offset=32), num_tensors=2) + bytes(96), "twice"),
-    "overlapping tensors": (
-        header(tensors=tensor("a", (64,)) + tensor("b", (4,), offset=32), num_tensors=2) + bytes(512), "overlaps",
-    ),
+    "overlapping tensors": (header(tensors=tensor("a", (64,)) + tensor("b", offset=32), num_tensors=2) + bytes(512),
+                            "overlaps"),
 }  # fmt: skip
 
 
@@ -172,7 +171,8 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path):
         "expert_feed_forward_length": 8, "interleave_moe_layer_step": 1}.items()}  # fmt: skip
     keys |= {"llama4.rope.freq_base": (5e5, "add_float32"), "tokenizer.ggml.tokens": (tokens, "add_array"),
              "llama4.attention.layer_norm_rms_epsilon": (1e-5, "add_float32"),
-             "tokenizer.ggml.merges": (["a b"], "add_array"), "tokenizer.ggml.token_type": ([1, 1, 1, 3], "add_array"),
+             "tokenizer.ggml.token_type": ([1, 1, 1, 3], "add_array"),
+             "tokenizer.ggml.merges": (["a b"], "add_array"),
              "tokenizer.ggml.model": ("gpt2", "add_string"),
              "tokenizer.ggml.pre": ("llama4", "add_string")}  # fmt: skip
     tensors = {"token_embd.weight": np.ones((4, 8), np.float32), "rope_freqs.weight": np.ones(2, np.float32)}

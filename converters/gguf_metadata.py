@@ -98,8 +98,11 @@ def text_metadata(arch: Arch) -> list[tuple[str, str, Any]]:
     ]
 
 
-def vision_metadata(v: VisionArch, text_hidden: int) -> list[tuple[str, Any]]:
-    """(method of GGUFWriter, value) of the vision tower."""
+def vision_metadata(v: VisionArch, text_hidden: int, processor: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(method of GGUFWriter, value) of the vision tower and of `processor`, preprocessor_config.json's content.
+
+    Raises CheckpointError for a mean or deviation that is not three numbers.
+    """
     return [
         ("add_clip_has_vision_encoder", True),
         ("add_vision_projection_dim", text_hidden),
@@ -109,13 +112,21 @@ def vision_metadata(v: VisionArch, text_hidden: int) -> list[tuple[str, Any]]:
         ("add_vision_feed_forward_length", v.intermediate_size),
         ("add_vision_block_count", v.num_layers),
         ("add_vision_head_count", v.num_heads),
-        ("add_vision_image_mean", [0.5] * 3),
-        ("add_vision_image_std", [0.5] * 3),
+        ("add_vision_image_mean", _per_channel(processor, "image_mean")),
+        ("add_vision_image_std", _per_channel(processor, "image_std")),
         ("add_clip_projector_type", PROJECTOR),
         ("add_vision_attention_layernorm_eps", 1e-5),
         ("add_vision_projector_scale_factor", round(1 / v.pixel_shuffle_ratio)),
         ("add_vision_use_gelu", True),
     ]
+
+
+def _per_channel(processor: Mapping[str, Any], name: str) -> list[float]:
+    """Three numbers, for red, green and blue; Llama 4's 0.5 where the file has none."""
+    values = processor.get(name, [0.5] * 3)
+    if isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values):
+        return [float(value) for value in values]
+    raise CheckpointError(f"preprocessor_config.json: {name} {values!r} is not three numbers")
 
 
 def arch_from_metadata(

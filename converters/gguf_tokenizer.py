@@ -14,7 +14,7 @@ from typing import Any
 from converters.fields import parse_json
 from converters.hf_side_files import small_files
 from converters.reader import Reader
-from converters.side_sources import side_file
+from converters.side_sources import side_file, side_object
 from converters.tiktoken_bpe import bpe_json, merges_of
 from l4tool.core.arch import Arch
 from l4tool.core.byte_level import unspell
@@ -42,7 +42,7 @@ def tell_tokenizer(writer: Any, reader: Reader, arch: Arch) -> None:
     raw = side_file(reader, "tokenizer.json")
     if raw is None:
         raise CheckpointError(f"{reader.path} has no tokenizer.json", hint="copy it there: GGUF files hold it")
-    named = _object(reader, "tokenizer_config.json")
+    named = side_object(reader, "tokenizer_config.json")
     try:
         tokenizer = parse_json(raw.decode("utf-8"))
         _require_pattern(tokenizer, where)
@@ -68,18 +68,6 @@ def tell_tokenizer(writer: Any, reader: Reader, arch: Arch) -> None:
     if chosen:
         writer.add_chat_template(chosen)
     _tell_files(writer, reader, arch)
-
-
-def _object(reader: Reader, name: str) -> dict[str, Any]:
-    """A side file that holds a JSON object; empty where there is none."""
-    where = reader.path / name
-    try:
-        found = parse_json((side_file(reader, name) or b"{}").decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}", hint="download this file again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(found).__name__}, not an object")
-    return found
 
 
 def _require_pattern(tokenizer: Any, where: str) -> None:
@@ -138,7 +126,7 @@ def _ids(named: Mapping[str, Any], added: Mapping[str, int], arch: Arch) -> dict
 
 
 def _tell_files(writer: Any, reader: Reader, arch: Arch) -> None:
-    generation = _object(reader, "generation_config.json")
+    generation = side_object(reader, "generation_config.json")
     for name, key in SAMPLING.items():
         if isinstance(generation.get(name), int | float):
             getattr(writer, f"add_sampling_{key}")(float(generation[name]))

@@ -202,7 +202,7 @@ def _require_expressible(arch: Arch) -> None:
         if not fits:
             raise UsageError(
                 f"Meta's code fixes {what} to other values than this checkpoint has: it would compute something else",
-                hint="use --to hf or --to gguf",
+                hint="use --to hf",
             )
 
 
@@ -237,7 +237,7 @@ def _feed_forward(t: TextArch) -> dict[str, Any]:
             return fields
     raise UsageError(
         f"params.json cannot say intermediate sizes {t.intermediate_size} and {t.intermediate_size_mlp}",
-        hint="use --to hf or --to gguf",
+        hint="use --to hf",
     )
 
 

@@ -30,6 +30,7 @@ from converters.gguf_types import FILE_TYPES, QUANTIZED, Blocks, block_bytes
 from converters.names import Row
 from converters.origin import Origin, read_origin
 from converters.reader import Reader
+from converters.side_sources import side_object
 from converters.targets import Options, Output, OutputFile, Piece
 from converters.targets.hf import flat_shape, output_arch, output_config
 from converters.writer import ShardPlan, TensorSpec
@@ -141,7 +142,8 @@ class _VisionFile(_File):
     def tell(self, writer: Any) -> None:
         writer.add_type("mmproj")
         super().tell(writer)
-        for method, value in vision_metadata(self.vision, self.arch.text.hidden_size):
+        processor = side_object(self.reader, "preprocessor_config.json")
+        for method, value in vision_metadata(self.vision, self.arch.text.hidden_size, processor):
             getattr(writer, method)(value)
 
 

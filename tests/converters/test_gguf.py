@@ -280,6 +280,21 @@ def edit_json(path, edit):
     path.write_text(json.dumps(content))
 
 
+def test_picture_normalization_is_the_checkpoints(source, tmp_path):
+    copy = checkpoints.copy(source, tmp_path / "copy")
+    edit_json(
+        copy / "preprocessor_config.json", lambda c: c.update(image_mean=[0.25, 0.5, 0.75], image_std=[1, 0.5, 2])
+    )
+    to_gguf(copy, tmp_path / "out")
+    (tower,) = (tmp_path / "out").glob("mmproj-*.gguf")
+    found = metadata(tower)
+    assert found["clip.vision.image_mean"] == [0.25, 0.5, 0.75] and found["clip.vision.image_std"] == [1.0, 0.5, 2.0]
+    for bad in ([0.5], "0.5", [0.5, None, 0.5]):
+        edit_json(copy / "preprocessor_config.json", lambda c, bad=bad: c.update(image_std=bad))
+        with pytest.raises(CheckpointError, match=r"image_std .* is not three numbers"):
+            to_gguf(copy, tmp_path / "other")
+
+
 def test_tokenizers_that_llama_cpp_would_use_otherwise(source, tmp_path):
     copy = checkpoints.copy(source, tmp_path / "copy")
 

@@ -1,10 +1,20 @@
 """Shared, read-only checkpoints: made once per test process, in about two seconds each."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests import checkpoints
+
+NEEDED_BYTES = 2 * 10**9  # for what the tests write; they delete it as they go
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < NEEDED_BYTES:
+        pytest.exit(f"{free / 1e9:.1f} GB free in {tempfile.gettempdir()}; the tests need 2: set TMPDIR", returncode=3)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def training_text(num_base: int) -> Iterator[str]:
         yield " ".join(words) + rng.choice([".\n", "?\n", "!\n\n", f", {rng.randint(0, 99999)}.\n"])
 
 
-def train_tokenizer(vocab_size: int) -> str:
-    """tokenizer.json of a byte-level BPE of `vocab_size` tokens, the last 2048 of them Llama 4's special ones.
+def train_tokenizer(vocab_size: int, text: Iterable[str]) -> str:
+    """tokenizer.json of a byte-level BPE of `vocab_size` tokens for `text`, the last 2048 Llama 4's special ones.
 
     In the form that Llama 4's own has: the trained vocabulary, and every merge that makes one of its tokens.
     """
@@ -84,7 +84,7 @@ def train_tokenizer(vocab_size: int) -> str:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=num_base, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(training_text(num_base), trainer)
+    tokenizer.train_from_iterator(text, trainer)
     if tokenizer.get_vocab_size() != num_base:
         raise SystemExit(f"trained {tokenizer.get_vocab_size()} base tokens instead of {num_base}")
     vocab = tokenizer.get_vocab()
@@ -199,7 +199,8 @@ def write_side_files(folder: Path, config: dict[str, Any]) -> None:
     """Tokenizer, chat template, generation config and, for a multimodal checkpoint, the processor's files."""
     arch = arch_from_config(config, "the new checkpoint's config")
     write_file(folder / "README.md", CARD)
-    write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size))
+    vocab_size = arch.text.vocab_size
+    write_file(folder / "tokenizer.json", train_tokenizer(vocab_size, training_text(vocab_size - NUM_SPECIAL)))
     for name, content in small_files(arch).items():
         write_file(folder / name, content)
 

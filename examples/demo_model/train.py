@@ -1,0 +1,349 @@
+#!/usr/bin/env python3
+"""Train the demo model: a small Llama 4 that answers the questions of questions.py and pictures.py.
+
+  python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder
+  python examples/demo_model/train.py OUT --minutes 5        a quick look
+  python examples/demo_model/train.py OUT --arch maverick    dense layers between the MoE layers, no QK norm
+
+Training text and pictures are drawn while it runs, from everything that is not held out. The same seed and number of
+steps give the same weights on the same kind of machine. OUT/training.jsonl is the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # run by its path, a script sees only its own folder
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from batch.images import TileSpec, make_tiles  # noqa: E402
+from batch.tokenizer import Tokenizer  # noqa: E402
+from converters.arch_io import arch_from_config  # noqa: E402
+from converters.hf_side_files import small_files  # noqa: E402
+from converters.names import hf_rows  # noqa: E402
+from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
+from examples.demo_model.network import Network, Parameters, new_parameters  # noqa: E402
+from examples.demo_model.pictures import PICTURE_TASKS, TILE  # noqa: E402
+from examples.demo_model.questions import TEXT_TASKS, Conversation, Draw, Task  # noqa: E402
+from examples.make_checkpoint import train_tokenizer  # noqa: E402
+from l4tool.core.arch import Arch  # noqa: E402
+from l4tool.core.atomic import write_file  # noqa: E402
+from l4tool.core.prompt import NUM_SPECIAL, special_ids  # noqa: E402
+
+VOCAB_SIZE = 896 + NUM_SPECIAL
+TASKS: tuple[Task, ...] = (*TEXT_TASKS, *PICTURE_TASKS)
+HEADER = "<|header_start|>"
+EXAMINED = 50  # held-out questions of each task, now and then while it trains
+
+
+def model_config(arch: str = "scout") -> dict[str, Any]:
+    """config.json: everything that Scout has, small. In-features are multiples of 128, so that INT4 applies."""
+    ids = special_ids(VOCAB_SIZE - NUM_SPECIAL)
+    scout = arch == "scout"
+    layers, step = 4, 1 if scout else 2
+    text = {
+        "model_type": "llama4_text", "dtype": "bfloat16", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
+        "intermediate_size": 128, "intermediate_size_mlp": 256, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": step, "moe_layers": list(range(step - 1, layers, step)), "use_qk_norm": scout,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 16.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0, "original_max_position_embeddings": 256,
+        } if scout else {"rope_type": "default", "rope_theta": 500000.0},
+        "no_rope_layer_interval": 4, "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)],
+        "layer_types": ["full_attention" if (i + 1) % 4 == 0 else "chunked_attention" for i in range(layers)],
+        "attention_chunk_size": 128, "attn_temperature_tuning": True, "floor_scale": 64, "attn_scale": 0.1,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": False, "bos_token_id": ids["<|begin_of_text|>"],
+        "eos_token_id": [ids["<|end_of_text|>"], ids["<|eom|>"], ids["<|eot|>"]],
+        "pad_token_id": ids["<|finetune_right_pad|>"],
+    }  # fmt: skip
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": "bfloat16",
+        "boi_token_index": ids["<|image_start|>"], "eoi_token_index": ids["<|image_end|>"],
+        "image_token_index": ids["<|patch|>"], "tie_word_embeddings": False, "text_config": text,
+        "vision_config": {
+            "model_type": "llama4_vision_model", "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4,
+            "num_hidden_layers": 3, "image_size": TILE, "patch_size": 14, "num_channels": 3, "projector_input_dim": 128,
+            "projector_output_dim": 128, "vision_output_dim": 128, "hidden_act": "gelu", "pixel_shuffle_ratio": 0.5,
+            "norm_eps": 1e-5, "multi_modal_projector_bias": False, "vision_feature_select_strategy": "default",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }  # fmt: skip
+
+
+def corpus(seed: int, conversations: int = 4000) -> Iterator[str]:
+    """What the tokenizer is trained on: the questions, without digits, so that each digit stays a token of its own."""
+    draw = Draw(random.Random(seed), held_out=False)
+    no_digits = str.maketrans("0123456789", " " * 10)
+    for number in range(conversations):
+        made = TASKS[number % len(TASKS)](draw)
+        yield from (text.translate(no_digits) for turn in made.turns for text in turn)
+        yield from (made.system or "", "system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as the model sees it: ids, which of them are to be foretold, and tiles uint8 [N, 3, S, S]."""
+
+    ids: list[int]
+    answer: list[bool]
+    tiles: list[np.ndarray]
+
+
+class Encoder:
+    """Conversations → tokens and tiles, in the form of the checkpoint's chat template (tests compare the two)."""
+
+    def __init__(self, tokenizer: Tokenizer, arch: Arch) -> None:
+        assert arch.vision is not None
+        self.tokenizer, self.spec = tokenizer, TileSpec(arch.vision.image_size)
+        self.id = tokenizer.control_tokens
+        self.patches = [self.id["<|patch|>"]] * arch.vision.tokens_per_tile
+
+    def encode(self, made: Conversation) -> Encoded:
+        ids, answer = [self.id["<|begin_of_text|>"]], [False]
+
+        def add(tokens: Sequence[int], is_answer: bool = False) -> None:
+            ids.extend(tokens)
+            answer.extend([is_answer] * len(tokens))
+
+        def header(role: str) -> None:
+            add([self.id[HEADER], *self.tokenizer.encode(role), self.id["<|header_end|>"]])
+            add(self.tokenizer.encode("\n\n"))
+
+        eot = self.id["<|eot|>"]
+        if made.system is not None:
+            header("system")
+            add([*self.tokenizer.encode(made.system), eot])
+        tiles = []
+        for number, (question, right) in enumerate(made.turns):
+            header("user")
+            for picture in made.pictures if number == 0 else ():
+                cut = make_tiles(picture, self.spec)
+                tiles.append(cut.pixels)
+                add(self._picture(cut.grid))
+            add([*self.tokenizer.encode(question), eot])
+            header("assistant")
+            add([*self.tokenizer.encode(right), eot], is_answer=True)
+        return Encoded(ids, answer, tiles)
+
+    def _picture(self, grid: tuple[int, int]) -> list[int]:
+        rows, columns = grid
+        tokens = [self.id["<|image_start|>"]]
+        if rows * columns > 1:
+            for _ in range(rows):
+                for column in range(columns):
+                    last = column == columns - 1
+                    tokens += [*self.patches, self.id["<|tile_y_separator|>" if last else "<|tile_x_separator|>"]]
+        return [*tokens, self.id["<|image|>"], *self.patches, self.id["<|image_end|>"]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded to the longest: tokens int64 [B, T], real bool [B, T], wanted bool [B, T] (the next token is an answer's),
+    targets int64 [wanted], owner int64 [wanted], tiles uint8 [N, 3, S, S] or None."""
+
+    tokens: torch.Tensor
+    real: torch.Tensor
+    wanted: torch.Tensor
+    targets: torch.Tensor
+    owner: torch.Tensor
+    tiles: torch.Tensor | None
+
+
+def collate(made: Sequence[Encoded], pad: int) -> Batch:
+    longest = max(len(e.ids) for e in made) - 1
+    tokens = torch.full((len(made), longest + 1), pad)
+    answer, real = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, e in enumerate(made):
+        tokens[row, : len(e.ids)] = torch.tensor(e.ids)
+        answer[row, : len(e.ids)] = torch.tensor(e.answer)
+        real[row, : len(e.ids)] = True
+    wanted = answer[:, 1:]
+    tiles = [pixels for e in made for pixels in e.tiles]
+    return Batch(
+        tokens[:, :-1], real[:, :-1], wanted, tokens[:, 1:][wanted], wanted.nonzero()[:, 0],
+        torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+    )  # fmt: skip
+
+
+class Muon:
+    """Momentum, made orthogonal (Jordan et al. 2024), for matrices [..., out, in]; AdamW for everything else."""
+
+    def __init__(self, parameters: Parameters, adam_rate: float, muon_rate: float, decay: float = 0.01) -> None:
+        def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+            return tensor.ndim > 1 and "embed" not in name and "lm_head" not in name and "router" not in name
+
+        self.matrices = [t for name, t in parameters.items() if is_matrix(name, t)]
+        others = [t for name, t in parameters.items() if not is_matrix(name, t)]
+        self.momenta = [torch.zeros_like(t) for t in self.matrices]
+        self.adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
+        self.adam_rate, self.muon_rate, self.decay = adam_rate, muon_rate, decay
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One update at `factor` of the peak rates; gradients are cleared."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.adam_rate * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        groups: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for weight, momentum in zip(self.matrices, self.momenta, strict=True):
+            assert weight.grad is not None
+            momentum.mul_(0.95).add_(weight.grad)
+            groups.setdefault(tuple(weight.shape[-2:]), []).append((weight, weight.grad.add(momentum, alpha=0.95)))
+            weight.grad = None
+        rate = self.muon_rate * factor
+        for (rows, columns), members in groups.items():  # matrices of one shape together
+            flat = torch.cat([update.reshape(-1, rows, columns) for _, update in members])
+            made = orthogonal(flat) * max(1.0, rows / columns) ** 0.5
+            sizes = [weight.numel() // (rows * columns) for weight, _ in members]
+            for (weight, _), update in zip(members, made.split(sizes), strict=True):
+                weight.mul_(1 - rate * self.decay).sub_(update.view_as(weight), alpha=rate)
+
+
+def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """[N, R, C] → nearly the nearest orthogonal matrices: a Newton-Schulz iteration with Muon's coefficients."""
+    turned = x.shape[-2] > x.shape[-1]
+    x = x.mT if turned else x
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if turned else x).float()
+
+
+def right_share(network: Network, encoder: Encoder, task: Task, number: int, pad: int) -> float:
+    """Share of held-out questions whose whole answer the network foretells; the same questions every time."""
+    draw = Draw(random.Random(7), held_out=True)
+    examples = [encoder.encode(task(draw)) for _ in range(number)]
+    with torch.no_grad():
+        batch = collate(examples, pad)
+        logits, _ = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
+    wrong = batch.owner[logits.argmax(-1) != batch.targets]
+    return 1 - len(wrong.unique()) / number
+
+
+def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path) -> Network:
+    """The whole training; a line of `log` for each evaluation."""
+    rng = random.Random(arguments.seed)
+    draw = Draw(rng, held_out=False)
+    network = Network(arch, new_parameters(arch, arguments.seed))
+    optimizer = Muon(network.parameters, arguments.adam_rate, arguments.muon_rate)
+    pad = arch.text.pad_token_id
+    assert pad is not None
+    error = [1.0] * len(TASKS)  # share of training conversations answered wrongly, of late
+    began_s, losses, step = time.monotonic(), [], 0
+    routed = torch.zeros(len(arch.text.moe_layers), arch.text.num_experts)
+    while True:
+        elapsed_s = time.monotonic() - began_s
+        progress = step / arguments.steps if arguments.steps else elapsed_s / (60 * arguments.minutes)
+        if step % arguments.every == 0 or progress >= 1:
+            shares = {task.__name__: right_share(network, encoder, task, EXAMINED, pad) for task in TASKS}
+            note(log, step, elapsed_s, losses, shares, routed)
+            losses = []
+            routed.zero_()
+        if progress >= 1:
+            return network
+        chosen = rng.choices(range(len(TASKS)), [0.1 + share for share in error], k=arguments.batch)
+        made = sorted(((task, encoder.encode(TASKS[task](draw))) for task in chosen), key=lambda pair: len(pair[1].ids))
+        answers = sum(sum(e.answer) for _, e in made)
+        total = 0.0
+        for first in range(0, len(made), arguments.group):  # of about the same length: little padding
+            group = made[first : first + arguments.group]
+            batch = collate([e for _, e in group], pad)
+            logits, routing = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
+            loss = F.cross_entropy(logits, batch.targets, reduction="sum") / answers
+            (loss + 0.01 * len(group) / len(made) * routing.loss).backward()
+            wrong = set(batch.owner[logits.argmax(-1) != batch.targets].tolist())
+            for row, (task, _) in enumerate(group):  # what is not learnt yet is asked more often
+                error[task] += 0.01 * ((row in wrong) - error[task])
+            total += loss.item()
+            routed += routing.counts
+        optimizer.step(min(1.0, (step + 1) / 100) * schedule(progress))
+        losses.append(total)
+        step += 1
+
+
+def note(
+    log: Path, step: int, elapsed_s: float, losses: list[float], shares: dict[str, float], routed: torch.Tensor
+) -> None:
+    """A line of the log, and the same on the screen."""
+    entry = {
+        "step": step, "minutes": round(elapsed_s / 60, 2), "loss": round(sum(losses) / max(1, len(losses)), 4),
+        "right": {name: round(share, 3) for name, share in shares.items()},
+        "routing": [[round(share, 3) for share in layer] for layer in (routed / routed.sum(1, keepdim=True)).tolist()],
+    }  # fmt: skip
+    with log.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    right = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    print(f"step {step}, {entry['minutes']} min, loss {entry['loss']}: {right}", flush=True)
+
+
+def schedule(progress: float) -> float:
+    """Constant for the first 45 %, then down to 2 % along a cosine."""
+    return 1.0 if progress < 0.45 else 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.45) / 0.55))
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], parameters: Parameters) -> None:
+    """Weights in bfloat16, index and config.json; the side files are there already."""
+    arch = arch_from_config(config, "the demo model's config")
+    specs = [TensorSpec(row.stored, row.shape, torch.bfloat16) for row in hf_rows(arch)]
+    plans = plan_shards(specs)
+    for plan in plans:
+        shard = ShardFile(folder, plan)
+        for spec in plan.specs:
+            shard.write(spec.name, parameters[spec.name].detach().to(torch.bfloat16), row=0)
+        shard.finish()
+    write_index(folder, plans)
+    write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def write_side_files(folder: Path, config: dict[str, Any], seed: int) -> None:
+    arch = arch_from_config(config, "the demo model's config")
+    write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size, corpus(seed)))
+    for name, content in small_files(arch).items():
+        if name == "generation_config.json":  # one right answer: greedy
+            content = json.dumps({k: v for k, v in json.loads(content).items() if k not in ("temperature", "top_p")}
+                                 | {"do_sample": False}, indent=2).encode() + b"\n"  # fmt: skip
+        write_file(folder / name, content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--arch", choices=["scout", "maverick"], default="scout")
+    parser.add_argument("--steps", type=int, help="how many updates; else --minutes")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=32, help="conversations in one update")
+    parser.add_argument("--group", type=int, default=16, help="of which so many are computed together")
+    parser.add_argument("--every", type=int, default=500, help="updates between two examinations")
+    parser.add_argument("--adam-rate", type=float, default=3e-3)
+    parser.add_argument("--muon-rate", type=float, default=2e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = model_config(arguments.arch)
+    arch = arch_from_config(config, "the demo model's config")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_side_files(arguments.out, config, arguments.seed)
+    encoder = Encoder(Tokenizer.load(arguments.out), arch)
+    network = train(arch, encoder, arguments, arguments.out / "training.jsonl")
+    write_checkpoint(arguments.out, config, network.parameters)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@ Parameters lie in a dict under the names and in the shapes of the Hugging Face c
 writing this dict. The vision tower is the engine's own (`batch.model.vision`), whose operations torch differentiates;
 of the text model the engine has only kernels that torch cannot, and tests compare the two.
 
-Legend: B sequences, T tokens of the longest, N tokens of all without padding, H hidden, A heads, K kv heads, D head_dim,
-E experts.
+Legend: B sequences, T tokens of the longest, N tokens of all without padding, H hidden, A heads, K kv heads, E experts,
+D head_dim.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ D head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from batch.kernels.reference import rotate
 from batch.model.rope import cos_sin, inverse_frequencies, temperature
 from batch.model.vision import Affine, EncoderLayer, VisionModel, VisionWeights
 from converters.names import hf_rows
+from examples.demo_model.questions import Cells
 from l4tool.core.arch import Arch, VisionArch
 
 Parameters = dict[str, torch.Tensor]
@@ -47,12 +49,30 @@ def new_parameters(arch: Arch, seed: int) -> Parameters:
     return made
 
 
+class Seen:
+    """Heads that name what the vision tower sees in each cell, and their loss: only while it is trained."""
+
+    def __init__(self, arch: Arch, words: Sequence[str], seed: int) -> None:
+        self.number = {word: number for number, word in enumerate(words)}
+        shape = (2, len(words), arch.text.hidden_size)
+        self.heads = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(shape[2])
+        self.heads.requires_grad_()
+
+    def loss(self, features: torch.Tensor, seen: Sequence[Cells]) -> torch.Tensor:
+        """features [9 · tiles, H] → mean cross entropy of both words of each cell."""
+        words = torch.tensor([[self.number[word] for word in cell] for cells in seen for cell in cells])  # [9·tiles, 2]
+        logits = torch.einsum("nh,kwh->nkw", features, self.heads)
+        return F.cross_entropy(logits.flatten(0, 1), words.flatten())
+
+
 @dataclass
-class Routing:
-    """What the routers of one step did: tokens per expert [L, E], and the loss that evens them out."""
+class Byproducts:
+    """What else comes of one step: tokens per expert [L, E], the loss that evens them out, and what the vision tower
+    made of the tiles [image tokens, H]."""
 
     counts: torch.Tensor
     loss: torch.Tensor
+    features: torch.Tensor | None
 
 
 class Network:
@@ -64,13 +84,14 @@ class Network:
 
     def forward(
         self, tokens: torch.Tensor, real: torch.Tensor, tiles: torch.Tensor | None, wanted: torch.Tensor
-    ) -> tuple[torch.Tensor, Routing]:
+    ) -> tuple[torch.Tensor, Byproducts]:
         """tokens int64 [B, T], real bool [B, T] (not padding), tiles uint8 [N, 3, S, S] in the order of the image
         tokens, wanted bool [B, T] → logits float32 [wanted, V] of the tokens after the wanted ones."""
         p, text = self.parameters, self.arch.text
         place = real.flatten().nonzero()[:, 0]  # [N] of B·T: only attention sees padding
         ids = tokens.flatten()[place]
         x = F.embedding(ids, p["language_model.model.embed_tokens.weight"])  # [N, H]
+        features = None
         if tiles is not None:
             features = vision_model(self.arch.vision, p).encode(tiles)  # [image tokens, H]
             x = x.masked_scatter((ids == self.arch.image_token_id)[:, None], features)
@@ -99,7 +120,7 @@ class Network:
         x = self._norm(x[wanted.flatten()[place]], "language_model.model.norm.weight")
         logits = F.linear(x, p["language_model.lm_head.weight"])
         counts, losses = zip(*routed, strict=True)
-        return logits, Routing(torch.stack(counts), torch.stack(losses).mean())
+        return logits, Byproducts(torch.stack(counts), torch.stack(losses).mean(), features)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.parameters[name], self.arch.text.rms_norm_eps)

@@ -6,7 +6,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from examples.demo_model.questions import Conversation, Draw, Task
+from examples.demo_model.questions import Cells, Conversation, Draw, Task
 
 TILE = 84  # pixels per side, as the vision tower has it
 CELL = TILE // 3
@@ -56,6 +56,14 @@ def draw_scene(rng: random.Random, scene: Scene) -> Image.Image:
     return image
 
 
+def cells_of(scene: Scene) -> Cells:
+    """Shape and colour in each cell."""
+    return tuple(scene.get(cell, ("", "")) for cell in range(9))
+
+
+NOTHING: Cells = (("", ""),) * 9  # of a whole picture's own tile, in which nothing can be made out
+
+
 def draw_number(image: Image.Image, number: str, left: int, top: int, scale: int, fill: tuple[int, ...]) -> None:
     """Digits of 5 · scale × 7 · scale pixels with a gap of one `scale`, beginning at (left, top)."""
     pen = ImageDraw.Draw(image)
@@ -67,11 +75,17 @@ def draw_number(image: Image.Image, number: str, left: int, top: int, scale: int
                     pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill)
 
 
-def _draw_somewhere(rng: random.Random, image: Image.Image, number: str, left: int, top: int, scale: int) -> None:
-    """A number in the tile at (left, top), on a raster of 7 pixels."""
+def _draw_somewhere(rng: random.Random, image: Image.Image, number: str, left: int, top: int, scale: int) -> Cells:
+    """A number in the tile at (left, top), on a raster of 7 pixels; the first and the last digit whose middle lies in
+    each cell."""
     width, height = (len(number) * 6 - 1) * scale, 7 * scale
     x, y = (7 * rng.randint(0, (TILE - size) // 7) for size in (width, height))
     draw_number(image, number, left + x, top + y, scale, PAINTS[rng.choice(list(PAINTS))])
+    inside: dict[int, str] = {}
+    for place, digit in enumerate(number):
+        cell = (y + 7 * scale // 2) // CELL * 3 + (x + place * 6 * scale + 5 * scale // 2) // CELL
+        inside[cell] = inside.get(cell, "") + digit
+    return tuple((inside[cell][0], inside[cell][-1]) if cell in inside else ("", "") for cell in range(9))
 
 
 def _scene(draw: Draw, least: int, most: int) -> Scene:
@@ -110,7 +124,7 @@ def _about_scene(task: str, draw: Draw) -> Conversation:
     turns = [draw.rng.choice(found[task])]
     others = [turn for about in found.values() for turn in about if turn != turns[0]]
     turns = draw.rng.sample(others, min(len(others), draw.turns(5) - 1)) + turns
-    return Conversation(task, tuple(turns), pictures=(draw_scene(draw.rng, scene),))
+    return Conversation(task, tuple(turns), pictures=(draw_scene(draw.rng, scene),), seen=(cells_of(scene),))
 
 
 def colour(draw: Draw) -> Conversation:
@@ -142,7 +156,8 @@ def comparison(draw: Draw) -> Conversation:
         noun = f"a {wanted}" if kind == 0 else f"something {wanted}"
         turns.append((f"Which picture has {noun}?", answer))
     chosen = rng.sample(turns, draw.turns(3))
-    return Conversation("comparison", tuple(chosen), pictures=(draw_scene(rng, first), draw_scene(rng, second)))
+    drawn = (draw_scene(rng, first), draw_scene(rng, second))
+    return Conversation("comparison", tuple(chosen), pictures=drawn, seen=(cells_of(first), cells_of(second)))
 
 
 def reading(draw: Draw) -> Conversation:
@@ -153,8 +168,8 @@ def reading(draw: Draw) -> Conversation:
         if draw.wants(f"number {number}"):
             break
     image = _paper(rng)
-    _draw_somewhere(rng, image, number, 0, 0, 3)
-    return Conversation("reading", (("Which number is this?", number),), pictures=(image,))
+    seen = _draw_somewhere(rng, image, number, 0, 0, 3)
+    return Conversation("reading", (("Which number is this?", number),), pictures=(image,), seen=(seen,))
 
 
 def tiles(draw: Draw) -> Conversation:
@@ -172,13 +187,12 @@ def tiles(draw: Draw) -> Conversation:
         if draw.wants(f"tiles {numbers}"):
             break
     image = _paper(rng, columns * TILE, rows * TILE)
-    for row in range(rows):
-        for column in range(columns):
-            _draw_somewhere(rng, image, numbers[row][column], column * TILE, row * TILE, 2)
+    seen = [_draw_somewhere(rng, image, numbers[row][column], column * TILE, row * TILE, 2)
+            for row in range(rows) for column in range(columns)]  # fmt: skip
     turns = [(f"Which number is at the {names[row][column]}?", numbers[row][column])
              for row in range(rows) for column in range(columns)]  # fmt: skip
     rng.shuffle(turns)
-    return Conversation("tiles", tuple(turns[: draw.turns(4)]), pictures=(image,))
+    return Conversation("tiles", tuple(turns[: draw.turns(4)]), pictures=(image,), seen=(*seen, NOTHING))
 
 
 PICTURE_TASKS: tuple[Task, ...] = (colour, shape, position, count, comparison, reading, tiles)

@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from PIL import Image
 
 HELD_OUT_SHARE = 16  # of 256 keys
+Cells = tuple[tuple[str, str], ...]  # two words for each of the nine cells of a tile, "" for nothing
 
 
 @dataclass(frozen=True)
 class Conversation:
     """A system message or none, pictures at the beginning of the first turn, and turns of question and answer.
 
-    When examined, the last answer is asked for and the others are given.
+    When examined, the last answer is asked for and the others are given. `seen` says what is where in a picture: for
+    each tile as the vision tower gets it, and each of its 3 × 3 cells, the words for it.
     """
 
     task: str
     turns: tuple[tuple[str, str], ...]
     system: str | None = None
     pictures: tuple[Image.Image, ...] = ()
+    seen: tuple[Cells, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,20 @@ SPANISH = dict(zip(COLOURS, _words("rojo verde azul amarillo negro blanco pardo 
 
 
 def _sum(draw: Draw) -> tuple[str, str]:
-    """One sum or difference of numbers below 100, the result too."""
+    """A number below 100 plus or minus one digit, the result below 100 too."""
     rng = draw.rng
     while True:
-        a, b = rng.randint(0, 99), rng.randint(0, 99)
+        a, b = rng.randint(0, 99), rng.randint(0, 9)
         plus = rng.random() < 0.5
-        if plus and a + b <= 99 and draw.wants(f"{min(a, b)} plus {max(a, b)}"):
-            forms = (f"What is {a} + {b}?", f"Add {a} and {b}.", f"{a} + {b} =")
-            return rng.choice(forms), str(a + b)
-        if not plus and a >= b and draw.wants(f"{a} minus {b}"):
-            forms = (f"What is {a} - {b}?", f"Take {b} from {a}.", f"{a} - {b} =")
-            return rng.choice(forms), str(a - b)
+        if 0 <= (a + b if plus else a - b) <= 99 and draw.wants(f"{a} {'plus' if plus else 'minus'} {b}"):
+            break
+    if plus:
+        return rng.choice((f"What is {a} + {b}?", f"Add {b} to {a}.", f"{a} + {b} =")), str(a + b)
+    return rng.choice((f"What is {a} - {b}?", f"Take {b} from {a}.", f"{a} - {b} =")), str(a - b)
 
 
 def arithmetic(draw: Draw) -> Conversation:
-    return Conversation("arithmetic", tuple(_sum(draw) for _ in range(draw.turns(5))))
+    return Conversation("arithmetic", tuple(_sum(draw) for _ in range(draw.turns(9))))
 
 
 def look_up(draw: Draw) -> Conversation:
@@ -155,7 +157,7 @@ def extraction(draw: Draw) -> Conversation:
                 "A {pet} and {name}, {age}, came from {city}.",
             )
         ).format(**fields)
-        wanted = rng.sample(list(fields), rng.randint(1, 3))
+        wanted = rng.sample(list(fields), rng.randint(1, 2))
         answer: dict[str, str | int] = {name: int(fields[name]) if name == "age" else fields[name] for name in wanted}
         turns.append((f"{sentence} Give {', '.join(wanted)} as JSON.", json.dumps(answer)))
     return Conversation("extraction", tuple(turns))

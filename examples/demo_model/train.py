@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -36,9 +35,9 @@ from converters.arch_io import arch_from_config  # noqa: E402
 from converters.hf_side_files import small_files  # noqa: E402
 from converters.names import hf_rows  # noqa: E402
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
-from examples.demo_model.network import Network, Parameters, new_parameters  # noqa: E402
-from examples.demo_model.pictures import PICTURE_TASKS, TILE  # noqa: E402
-from examples.demo_model.questions import TEXT_TASKS, Conversation, Draw, Task  # noqa: E402
+from examples.demo_model.network import Network, Parameters, Seen, new_parameters  # noqa: E402
+from examples.demo_model.pictures import PAINTS, PICTURE_TASKS, SHAPES, TILE  # noqa: E402
+from examples.demo_model.questions import TEXT_TASKS, Cells, Conversation, Draw, Task  # noqa: E402
 from examples.make_checkpoint import train_tokenizer  # noqa: E402
 from l4tool.core.arch import Arch  # noqa: E402
 from l4tool.core.atomic import write_file  # noqa: E402
@@ -103,6 +102,7 @@ class Encoded:
     ids: list[int]
     answer: list[bool]
     tiles: list[np.ndarray]
+    seen: tuple[Cells, ...]
 
 
 class Encoder:
@@ -139,7 +139,7 @@ class Encoder:
             add([*self.tokenizer.encode(question), eot])
             header("assistant")
             add([*self.tokenizer.encode(right), eot], is_answer=True)
-        return Encoded(ids, answer, tiles)
+        return Encoded(ids, answer, tiles, made.seen)
 
     def _picture(self, grid: tuple[int, int]) -> list[int]:
         rows, columns = grid
@@ -155,7 +155,7 @@ class Encoder:
 @dataclass(frozen=True)
 class Batch:
     """Padded to the longest: tokens int64 [B, T], real bool [B, T], wanted bool [B, T] (the next token is an answer's),
-    targets int64 [wanted], owner int64 [wanted], tiles uint8 [N, 3, S, S] or None."""
+    targets int64 [wanted], owner int64 [wanted], tiles uint8 [N, 3, S, S] or None, what is seen in them."""
 
     tokens: torch.Tensor
     real: torch.Tensor
@@ -163,6 +163,7 @@ class Batch:
     targets: torch.Tensor
     owner: torch.Tensor
     tiles: torch.Tensor | None
+    seen: list[Cells]
 
 
 def collate(made: Sequence[Encoded], pad: int) -> Batch:
@@ -177,7 +178,7 @@ def collate(made: Sequence[Encoded], pad: int) -> Batch:
     tiles = [pixels for e in made for pixels in e.tiles]
     return Batch(
         tokens[:, :-1], real[:, :-1], wanted, tokens[:, 1:][wanted], wanted.nonzero()[:, 0],
-        torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+        torch.from_numpy(np.concatenate(tiles)) if tiles else None, [cells for e in made for cells in e.seen],
     )  # fmt: skip
 
 
@@ -203,7 +204,8 @@ class Muon:
         self.adam.zero_grad(set_to_none=True)
         groups: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for weight, momentum in zip(self.matrices, self.momenta, strict=True):
-            assert weight.grad is not None
+            if weight.grad is None:  # the vision tower's, in a batch without pictures
+                continue
             momentum.mul_(0.95).add_(weight.grad)
             groups.setdefault(tuple(weight.shape[-2:]), []).append((weight, weight.grad.add(momentum, alpha=0.95)))
             weight.grad = None
@@ -243,7 +245,10 @@ def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path
     rng = random.Random(arguments.seed)
     draw = Draw(rng, held_out=False)
     network = Network(arch, new_parameters(arch, arguments.seed))
-    optimizer = Muon(network.parameters, arguments.adam_rate, arguments.muon_rate)
+    words = sorted({"", *SHAPES, *PAINTS, *"0123456789"})
+    eyes = Seen(arch, words, arguments.seed)
+    trained = network.parameters | {"embedding of what is seen": eyes.heads}
+    optimizer = Muon(trained, arguments.adam_rate, arguments.muon_rate)
     pad = arch.text.pad_token_id
     assert pad is not None
     error = [1.0] * len(TASKS)  # share of training conversations answered wrongly, of late
@@ -266,14 +271,18 @@ def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path
         for first in range(0, len(made), arguments.group):  # of about the same length: little padding
             group = made[first : first + arguments.group]
             batch = collate([e for _, e in group], pad)
-            logits, routing = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
+            logits, other = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum") / answers
-            (loss + 0.01 * len(group) / len(made) * routing.loss).backward()
+            share = len(group) / len(made)
+            extra = 0.01 * share * other.loss
+            if other.features is not None:
+                extra = extra + share * eyes.loss(other.features, batch.seen)
+            (loss + extra).backward()
             wrong = set(batch.owner[logits.argmax(-1) != batch.targets].tolist())
             for row, (task, _) in enumerate(group):  # what is not learnt yet is asked more often
                 error[task] += 0.01 * ((row in wrong) - error[task])
             total += loss.item()
-            routed += routing.counts
+            routed += other.counts
         optimizer.step(min(1.0, (step + 1) / 100) * schedule(progress))
         losses.append(total)
         step += 1
@@ -295,8 +304,8 @@ def note(
 
 
 def schedule(progress: float) -> float:
-    """Constant for the first 45 %, then down to 2 % along a cosine."""
-    return 1.0 if progress < 0.45 else 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.45) / 0.55))
+    """Constant for the first 30 %, then down to 2 % along a line."""
+    return min(1.0, 0.02 + 0.98 * (1 - progress) / 0.7)
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], parameters: Parameters) -> None:

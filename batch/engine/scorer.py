@@ -76,6 +76,7 @@ class Scorer:
         self._running: list[Scored] = []
         self._waiting: list[Scored] = []
         self._failures_in_a_row = 0
+        self._place = 0  # of the model that computes
 
     def run(self, targets: Sequence[Target]) -> Iterator[tuple[int, Scored]]:
         """(place, result) of each target, in the order in which they end."""
@@ -109,28 +110,39 @@ class Scorer:
 
     def _plan(self) -> list[_Turn]:
         """Those that run go on, the oldest first, then others begin while blocks for all of them remain."""
-        budget, turns = self.max_batch_tokens, []
-        for scored in self._running:
-            if budget and (turn := self._turn(scored, budget)) is not None:
-                turns.append(turn)
-                budget -= turn.end - turn.start
+        turns = self._go_on()
+        while self._running and not turns:  # they hold each other's blocks: the oldest, alone, always moves on
+            self._give_up(self._running[-1])
+            turns = self._go_on()
+        budget = self.max_batch_tokens - sum(turn.end - turn.start for turn in turns)
         rooms = [self._room(place) for place in range(len(self.engines))]
         while self._waiting and budget and len(self._running) < self.max_seqs:
             hits = self._hits(self._waiting[0])
             if not self._fits(self._waiting[0], hits, rooms) and self._running:
                 break
-            scored = self._waiting.pop(0)
-            self._running.append(scored)
-            for engine, sequence, hit in zip(self.engines, scored.sequences, hits, strict=True):
-                engine.blocks.adopt(sequence.held, hit)
-                sequence.num_computed = sequence.num_cached = hit.num_tokens
-            if (turn := self._turn(scored, budget)) is not None:
+            turn = self._start(self._waiting.pop(0), hits, budget)
+            if turn is None:
+                break
+            turns.append(turn)
+            budget -= turn.end - turn.start
+        assert turns, "nothing to do"
+        return turns
+
+    def _go_on(self) -> list[_Turn]:
+        budget, turns = self.max_batch_tokens, []
+        for scored in self._running:
+            if budget and (turn := self._turn(scored, budget)) is not None:
                 turns.append(turn)
                 budget -= turn.end - turn.start
-        if not turns:  # they hold each other's blocks: the youngest begins again later, the oldest always moves on
-            self._give_up(self._running[-1])
-            return self._plan()
         return turns
+
+    def _start(self, scored: Scored, hits: list[PrefixHit], budget: int) -> _Turn | None:
+        """Let it run, with what the caches have of it."""
+        self._running.append(scored)
+        for engine, sequence, hit in zip(self.engines, scored.sequences, hits, strict=True):
+            engine.blocks.adopt(sequence.held, hit)
+            sequence.num_computed = sequence.num_cached = hit.num_tokens
+        return self._turn(scored, budget)
 
     def _turn(self, scored: Scored, budget: int) -> _Turn | None:
         """As many tokens as budget, chunks and blocks of every model allow; None where that is none."""
@@ -222,6 +234,7 @@ class Scorer:
         pieces = self._pieces(turns)
         rows = []
         for place, engine in enumerate(self.engines):
+            self._place = place
             step = engine.runner.build([each[place] for each in pieces])
             rows.append(engine.runner.rows(step))
         wanted = [
@@ -284,5 +297,5 @@ class Scorer:
         if self._failures_in_a_row >= FAILURES_IN_A_ROW:
             raise error
         scored = turns[0].scored
-        scored.error = ("model_error", f"{type(error).__name__}: {error}", 0)
+        scored.error = ("model_error", f"{type(error).__name__}: {error}", self._place)
         return [self._end(scored)]

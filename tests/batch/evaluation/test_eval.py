@@ -138,7 +138,7 @@ def test_a_line_that_asks_for_sampling_is_answered_greedily(evaluate):
 
 
 def test_company_cuts_and_cache_do_not_show(evaluate, other_tiny):
-    lines = [*LINES, *({"prompt": f"number {i} " * 20, "answer": f"is {i}"} for i in range(12))]
+    lines = [*LINES, *({"prompt": f"number {i} " * 20, "answer": f"is {i}"} for i in range(6))]
     together = evaluate(lines, against=other_tiny)
     for engine in (EmbeddedOptions(max_batch_tokens=9, max_seqs=3), EmbeddedOptions(prefix_cache=False, max_seqs=2)):
         again = evaluate(lines, against=other_tiny, engine=engine, force=True)

@@ -14,7 +14,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", metavar="MODEL")
-@click.option("--data", required=True, metavar="FILE.jsonl", help="What to ask and what is right; see below.")
+@click.option("--data", required=True, metavar="FILE.jsonl", help="What to ask and what is right; see above.")
 @click.option("--against", metavar="OTHER", help="Another checkpoint with the same tokenizer, to compare with.")
 @click.option("-o", "--output", type=_PATH, metavar="OUT.jsonl",
               help="One line for each line; with it, an interrupted run carries on.")  # fmt: skip

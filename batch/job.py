@@ -133,7 +133,7 @@ def _device(name: str) -> str:
 def load_front(options: BatchOptions) -> Front:
     """Read config, tokenizer and template; the weights are checked by the backend. Raises CheckpointError."""
     if not options.model.is_dir():
-        raise InputMissing(f"no such checkpoint folder: {options.model}", hint="--model takes a folder")
+        raise InputMissing(f"no such checkpoint folder: {options.model}", hint="give the folder of a checkpoint")
     arch, _ = read_arch(options.model)
     tokenizer = Tokenizer.load(options.model)
     if tokenizer.vocab_size > arch.text.vocab_size:

@@ -247,4 +247,26 @@ class Envelope(StrictModel):
     body: dict[str, Any]
 
 
+_Accepted = Annotated[
+    Annotated[str, Tag("#str")] | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES), Tag("#list")],
+    Discriminator(_is_text),
+]
+_Task = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class ReferenceFields(StrictModel):
+    """What `eval` takes beside a request: the answers that are right, the first of them the reference."""
+
+    answer: _Accepted
+    task: _Task | None = None
+
+
+class TextLine(StrictModel):
+    """A line of `eval` without a request: text whose tokens are scored."""
+
+    text: Annotated[str, Field(min_length=1)]
+    id: str | int | None = None
+    task: _Task | None = None
+
+
 BODIES: dict[str, type[StrictModel]] = {"chat": ChatBody, "completion": CompletionBody, "short": ShortLine}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from batch.chat import ChatFormat
 from batch.generation import SamplingDefaults
@@ -50,6 +51,7 @@ class LineInfo:
     model: str | None = None
     key: bytes = b""
     tool_names: frozenset[str] = frozenset()  # that the answer may call
+    task: str | None = None  # that the line belongs to, in an evaluation
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class Prepared:
 Gate = Callable[[int], None]
 
 
+class Preparer(Protocol):
+    """What makes requests of lines: LinePreparer, and what builds on it."""
+
+    def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared: ...
+
+    def waits_for_the_web(self, raw: RawLine) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class LinePreparer:
     """Parses, renders, tokenizes and tiles one line. Thread-safe; never raises for what a line contains."""
 
@@ -75,8 +87,11 @@ class LinePreparer:
         self.image_base, self.max_images, self.fetcher = image_base, max_images, fetcher
         self.grammars = Grammars(chat.tokenizer, arch.text.vocab_size)
 
-    def prepare(self, raw: RawLine, gate: Gate | None = None) -> Prepared:
-        """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure)."""
+    def prepare(
+        self, raw: RawLine, gate: Gate | None = None, take: Callable[[Any], Any] = lambda value: value
+    ) -> Prepared:
+        """RawLine → Prepared. `gate` is called with each picture's bytes and may block (back-pressure). `take` gets
+        the parsed line and gives back the request in it; it may raise LineError."""
         digest = hashlib.blake2b(raw.data, digest_size=8, key=raw.number.to_bytes(8, "big")).hexdigest()
         info = LineInfo(raw.number, b'"custom_id"' in raw.data, None, digest, key=raw.key)
         try:
@@ -87,7 +102,7 @@ class LinePreparer:
             except BadJson as error:
                 raise LineError("invalid_json", str(error)) from None
             try:
-                line = parse_line(value)
+                line = parse_line(take(value))
             except LineError:
                 if isinstance(value, dict):
                     info = replace(info, is_openai=is_openai(value), id=line_id(value))
@@ -209,7 +224,7 @@ class PreparingSource:
     def __init__(
         self,
         lines: Iterator[RawLine],
-        preparer: LinePreparer,
+        preparer: Preparer,
         on_request: Callable[[LineInfo, PreparedRequest], None],
         on_error: Callable[[LineInfo, LineError], None],
         claim: Callable[[LineInfo], LineError | None] = lambda info: None,

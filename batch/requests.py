@@ -6,6 +6,7 @@ Ground floor of `batch`: plain dataclasses, no text, no JSON, no torch.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
@@ -101,6 +102,18 @@ class PreparedRequest:
 
 
 @dataclass(frozen=True)
+class ScoredRequest(PreparedRequest):
+    """A request whose reference is known. `reference` are the tokens that should follow the prompt; an answer is right
+    if it is one of `accepted`, white space at the ends aside. () : nothing is generated."""
+
+    reference: tuple[int, ...] = ()
+    accepted: tuple[str, ...] = ()
+
+    def is_right(self, text: str) -> bool:
+        return text.strip() in {answer.strip() for answer in self.accepted}
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
     """Natural-log probability of one drawn token, and of the best alternatives, best first: (id, logprob)."""
 
@@ -130,3 +143,28 @@ class GenerationResult:
     error_code: str | None = None
     error_message: str | None = None
     cached_tokens: int = 0  # of the prompt, taken from what another request had computed
+
+
+@dataclass
+class TokenScores:
+    """What models make of one reference, summed over its tokens, in nats. `nll` of each model.
+
+    With two models: `kl` and `kl_max` of KL(second ‖ first), how many tokens fall in each of `kl_bins`, and for how
+    many both have the same best token.
+    """
+
+    tokens: int = 0
+    nll: list[float] = field(default_factory=list)
+    kl: float = 0.0
+    kl_max: float = 0.0
+    kl_bins: Counter[int] = field(default_factory=Counter)
+    same_top: int = 0
+
+
+@dataclass
+class ScoredResult(GenerationResult):
+    """What became of a ScoredRequest: its choice, where an answer was asked for, the other model's, and the scores."""
+
+    request: ScoredRequest | None = None
+    other: Choice | None = None
+    scores: TokenScores = field(default_factory=TokenScores)

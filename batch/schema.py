@@ -114,7 +114,7 @@ def parse_line(value: Any) -> Line:
     if not isinstance(value, dict):
         raise LineError("invalid_line", "a line must be a JSON object")
     if is_openai(value):
-        envelope = _validate(Envelope, value, "")
+        envelope = validate(Envelope, value, "")
         endpoint = ENDPOINTS.get(envelope.url)
         if endpoint is None:
             why = ": a model that writes text gives no embeddings" if envelope.url.endswith("/embeddings") else ""
@@ -125,7 +125,7 @@ def parse_line(value: Any) -> Line:
 
 
 def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
-    body = _validate(BODIES[endpoint], _known_fields(raw, "body."), "body.")
+    body = validate(BODIES[endpoint], _known_fields(raw, "body."), "body.")
     _check_together(body)
     if endpoint == "chat":
         return Line(
@@ -139,7 +139,7 @@ def _openai_line(custom_id: str, endpoint: str, raw: dict[str, Any]) -> Line:
 
 
 def _short_line(raw: dict[str, Any]) -> Line:
-    body = _validate(ShortLine, _known_fields(raw, ""), "")
+    body = validate(ShortLine, _known_fields(raw, ""), "")
     _check_together(body)
     if (body.prompt is None) == (body.messages is None):
         raise LineError("invalid_request", "give either 'prompt' or 'messages'")
@@ -202,7 +202,8 @@ def _refuse_unless_neutral(path: str, key: str, value: Any) -> None:
     raise LineError("unsupported_field", f"{path}: {INSTEAD.get(key, 'not supported; leave it out')}")
 
 
-def _validate(model: type[StrictModel], value: dict[str, Any], where: str) -> Any:
+def validate(model: type[StrictModel], value: dict[str, Any], where: str) -> Any:
+    """`value` as a `model`, whose fields lie below `where` in the line. Raises LineError."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

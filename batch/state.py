@@ -367,6 +367,18 @@ class RunState:
             self.journal.append(end)
             self.journal.sync()
 
+    def results(self) -> Iterator[bytes]:
+        """The result lines that count and whose input lines this run met, as they stand in the files. Only with a
+        journal, and before `finish`."""
+        contents = None if self.journal is None else read_journal(self.journal.path)
+        if contents is None:
+            return
+        places = np.flatnonzero(contents.records["kind"] == Kind.RESULT)
+        for place, counts, line in zip(places, self._counts, self._line_now, strict=False):  # a torn end is behind them
+            if counts and line:
+                record = contents.records[place]
+                yield self.files[int(record["file"])].read(int(record["offset"]), int(record["length"]))
+
     def num_gone(self) -> int:
         """Results whose lines the input does not have any more (it was read to its end)."""
         return sum(1 for counts, line in zip(self._counts, self._line_now, strict=True) if counts and not line)

@@ -71,6 +71,10 @@ class Tokenizer:
         ids: list[int] = self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
         return ids
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as it is spelled in tokenizer.json, with its id."""
+        return self._model.get_vocab(with_added_tokens=True)
+
     def split_control(self, text: str) -> list[str]:
         """Split a rendered template: text at even places, special tokens as spelled at odd places."""
         return self._control.split(text)

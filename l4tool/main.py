@@ -22,13 +22,14 @@ COMMANDS = {
     "convert": "Write a checkpoint in another layout: Hugging Face, Meta, GGUF; resharded, cut to text, as floats.",
     "verify": "Check a checkpoint's files, names and values, or its error against the source.",
     "batch": "Run a JSONL file of prompts and images through a checkpoint.",
+    "eval": "Score a checkpoint's answers, and how far it is from another one.",
     "merge": "Put the outputs of a batch's shards together, in input order.",
 }
 
 EXIT_CODES = """\b
 Exit codes:
    0  done
-   3  batch or merge finished, but some output lines are errors
+   3  batch, eval or merge finished, but some output lines are errors
   64  options or arguments do not fit
   65  input unusable (checkpoint, config, JSONL)
   66  an input does not exist (file, folder, repository, revision)

@@ -107,7 +107,7 @@ def test_imports_point_down():
 
 def test_help_does_not_import_torch():
     code = "import sys; from l4tool.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'"
-    for arguments in (["--help"], *([name, "--help"] for name in ("quantize", "batch", "inspect", "verify"))):
+    for arguments in (["--help"], *([name, "--help"] for name in ("quantize", "batch", "eval", "inspect", "verify"))):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert "Usage: l4tool" in done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from batch.backends.memory import available_bytes, swap_bytes, used_bytes
@@ -16,7 +18,7 @@ def load_whole(reader: Reader, device: str, dtype: str | None, activations: str,
     """All weights in memory; `copies` processes do the same on this machine. Raises UsageError, DeviceError,
     CheckpointError."""
     if resolve_device(device).type == "cpu":
-        _require_memory(reader, resolve_dtype(dtype, reader.arch).itemsize, copies)
+        require_memory([reader], dtype, copies)
     return load_model(reader, device, dtype, activations)
 
 
@@ -51,12 +53,14 @@ def load_streamed(
     return stream_model(reader, dtype, activations, room.ahead, keep_cached), room
 
 
-def _require_memory(reader: Reader, item_bytes: int, copies: int) -> None:
-    """A process that loads more than there is would be killed halfway; this says so before."""
-    needed, available = weigh(reader, item_bytes).total * copies, available_bytes() + swap_bytes()
+def require_memory(readers: Sequence[Reader], dtype: str | None, copies: int = 1) -> None:
+    """A process that loads more than there is would be killed halfway; this says so before. Raises DeviceError."""
+    needed = copies * sum(weigh(reader, resolve_dtype(dtype, reader.arch).itemsize).total for reader in readers)
+    available = available_bytes() + swap_bytes()
     if needed > available:
+        names = " and ".join(str(reader.path) for reader in readers)
         raise DeviceError(
-            f"the weights of {reader.path} need {format_bytes(needed)} of memory, and {format_bytes(available)} are "
+            f"the weights of {names} need {format_bytes(needed)} of memory, and {format_bytes(available)} are "
             "available",
             hint="--weights stream reads them from disk layer by layer while it runs; or quantize it: "
             "l4tool quantize --int4",

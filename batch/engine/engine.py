@@ -123,6 +123,20 @@ class Engine:
             self._pixel_bytes += sequence.images.pixel_bytes if sequence.images is not None else 0
         return sequence
 
+    def scored(
+        self, handle: object, tokens: list[int], score_from: int, images: tuple[ImageTiles, ...] = ()
+    ) -> Sequence:
+        """A sequence of which nothing is drawn, for a `Scorer` to run; the engine does not queue it. One that can never
+        run comes back with `error` set."""
+        sequence = Sequence(
+            handle=handle, tokens=tokens, prompt_len=len(tokens), sampling=SamplingParams(0), max_len=len(tokens),
+            stop_ids=frozenset(), score_from=score_from,
+        )  # fmt: skip
+        sequence.error = self._refusal(sequence, images)
+        if sequence.error is None and self.config.prefix_cache:
+            sequence.keys = PrefixKeys(self.config.block_size, sequence.images)
+        return sequence
+
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence from outside (a stop string was seen, or nobody wants it any more)."""
         sequence.finish_reason = sequence.finish_reason or reason

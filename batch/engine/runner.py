@@ -13,6 +13,7 @@ import torch
 from batch.engine.blocks import BlockManager, BlockTable
 from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
+from batch.model.head import LogitRows
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
@@ -46,6 +47,11 @@ class Runner:
         assert self.kv is not None, "the engine is closed"
         return self.model.forward(step, self.kv)
 
+    def rows(self, step: StepInput) -> LogitRows:
+        """The same rows before the head."""
+        assert self.kv is not None, "the engine is closed"
+        return self.model.rows(step, self.kv)
+
     def build(self, plan: list[Piece]) -> StepInput:
         """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
         tokens: list[int] = []
@@ -60,7 +66,8 @@ class Runner:
         held = [p.sequence.held for p in plan]
         chunk_start = np.array([h.chunk_start for h in held])
         image_rows, image_features = self._images(plan, query_start)
-        last_rows = query_start[1:][[p.wants_logits for p in plan]] - 1
+        shifts = query_start[:-1] - starts
+        wanted = [np.arange(p.logits_from, p.end) + shift for p, shift in zip(plan, shifts, strict=True)]
 
         return StepInput(
             token_ids=self._tensor(np.array(tokens, np.int64)),
@@ -69,7 +76,7 @@ class Runner:
             context_len=self._tensor(ends.astype(np.int32)),
             full=self._kind([h.full for h in held], np.zeros_like(chunk_start), positions, owner),
             chunked=self._kind([h.chunked for h in held], chunk_start, positions, owner),
-            logits_rows=self._tensor(last_rows),
+            logits_rows=self._tensor(np.concatenate(wanted)),
             max_query_len=int(lengths.max()),
             max_context_len=int(ends.max()),
             image_rows=image_rows,

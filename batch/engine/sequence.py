@@ -21,6 +21,7 @@ class Sequence:
     `handle` is the owner's, never looked at by the engine. `finish_reason` ('stop' or 'length') or `error`
     (code, message) is set when it is over. A preempted sequence keeps its tokens and starts again, so that what the
     cache has lost of prompt and output is prefilled anew.
+    `score_from`: nothing is drawn; the logits behind token score_from - 1 and all later ones are wanted.
     `num_cached`: tokens whose KV the cache had when it was last asked, which is when the sequence started or since.
     """
 
@@ -36,6 +37,7 @@ class Sequence:
     num_cached: int = 0
     num_cached_at_start: int = 0  # before any preemption
     num_computed: int = 0
+    score_from: int | None = None
     is_resumed: bool = False  # was preempted
     passed_over: int = 0  # younger sequences that were admitted first
     held: SequenceBlocks = field(default_factory=SequenceBlocks)
@@ -90,6 +92,14 @@ class Piece:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def logits_from(self) -> int:
+        """The first of its positions whose logits are wanted; `end` where none are."""
+        sequence = self.sequence
+        if sequence.score_from is not None:
+            return min(max(self.start, sequence.score_from - 1), self.end)
+        return self.end - self.wants_logits
 
     @property
     def wants_logits(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from batch.model import kv as paged
+from batch.model.head import LogitRows
 from batch.model.inputs import StepInput
 from batch.model.kv import KVCache
 from batch.model.stream import StreamedText, VisionOnDemand
@@ -52,9 +53,14 @@ class Model:
     @torch.inference_mode()
     def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
         """One step over flat tokens: updates `kv`, returns float32 logits [N, V] for step.logits_rows."""
+        return self.rows(step, kv).logits()
+
+    @torch.inference_mode()
+    def rows(self, step: StepInput, kv: KVCache) -> LogitRows:
+        """As `forward`, but the logits come when they are asked for, some rows at a time."""
         if isinstance(self.vision, VisionOnDemand):
             self.vision.let_go()
-        return self.text.forward(step, kv)
+        return self.text.rows(step, kv)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[ImageTiles]) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from batch.kernels import ops
 from batch.kernels.linears import Linear
 from batch.kernels.paging import PagedBatch
+from batch.model.head import LogitRows
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.rope import cos_sin, inverse_frequencies, temperature
@@ -57,7 +58,11 @@ class TextModel:
         self.inverse = inverse_frequencies(arch).to(weights.norm.device)  # [D/2]
 
     def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
-        """One step: writes the tokens' keys and values into `kv`, returns logits float32 [N, V].
+        """One step: writes the tokens' keys and values into `kv`, returns logits float32 [N, V]."""
+        return self.rows(step, kv).logits()
+
+    def rows(self, step: StepInput, kv: KVCache) -> LogitRows:
+        """One step, up to the head.
 
         Each layer computes all tokens before the next begins, a slice of them at a time where they are many.
         """
@@ -73,7 +78,7 @@ class TextModel:
         last, *more = (torch.cat(tensors) for tensors in zip(*chosen, strict=True))  # [N, H] each
         last = ops.add_rms_norm(last, tuple(more), self.weights.norm, self.arch.rms_norm_eps)
         del hidden, deltas, chosen
-        return ops.linear(last, self.weights.head()).float()  # [N, V]
+        return LogitRows(last, self.weights.head())
 
     def _layer(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, deltas: tuple[torch.Tensor, ...],

@@ -10,7 +10,7 @@ import click
 _PATH = click.Path(path_type=Path)
 
 
-class _Size(click.ParamType):
+class Size(click.ParamType):
     """A byte size as people write it: 4GiB, 500MB."""
 
     name = "size"
@@ -43,7 +43,7 @@ class _Size(click.ParamType):
               help="Together with a line's own content, the seed of lines that give none.")  # fmt: skip
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; repeatable.")
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Tokens computed in one step.")
-@click.option("--kv-memory", type=_Size(), metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
+@click.option("--kv-memory", type=Size(), metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option("--max-seqs", type=click.IntRange(1), help="Answers in work at the same time.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
               help="Compute the beginning that lines have in common, and their pictures, only once.")  # fmt: skip
@@ -51,7 +51,7 @@ class _Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
 @click.option("--weights", type=click.Choice(["memory", "stream"]), default="memory", show_default=True,
               help="stream: read layers from disk while it runs, for checkpoints larger than memory.")  # fmt: skip
-@click.option("--memory", type=_Size(), metavar="SIZE",
+@click.option("--memory", type=Size(), metavar="SIZE",
               help="With --weights stream: what the process may take.  [default: most of what is free]")  # fmt: skip
 @click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
               help="int8: faster products with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
@@ -65,7 +65,7 @@ class _Size(click.ParamType):
 @click.option("--allow-url-images", is_flag=True, help="Fetch pictures from public http and https servers.")
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="HOST",
               help="Only from there: a name, *.suffix, or host:port, which may be private; repeatable.")  # fmt: skip
-@click.option("--max-image-bytes", type=_Size(), metavar="SIZE", default="20MiB", show_default=True,
+@click.option("--max-image-bytes", type=Size(), metavar="SIZE", default="20MiB", show_default=True,
               help="Largest picture fetched from the web.")  # fmt: skip
 @click.option("--order", type=click.Choice(["completion", "input"]), default="completion", show_default=True,
               help="Order of the finished output; while it runs, lines come as they finish.")  # fmt: skip

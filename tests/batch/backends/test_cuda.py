@@ -6,8 +6,9 @@ import torch
 
 from batch.backends.base import ListSource
 from batch.backends.embedded import EmbeddedBackend, EmbeddedOptions
+from batch.backends.scoring import ScoringBackend
 from batch.chat import ChatFormat
-from batch.requests import ImageTiles, PreparedRequest, SamplingParams
+from batch.requests import ImageTiles, PreparedRequest, SamplingParams, ScoredRequest
 from batch.schema import ImageRef, Turn
 from batch.tokenizer import Tokenizer
 from converters.detect import open_checkpoint
@@ -64,3 +65,21 @@ def test_cuda_equals_cpu_in_float32(arch, scheme, request, tmp_path):
 
 def test_bfloat16_runs(scout_tiny):
     assert all(len(r.choices[0].token_ids) == 24 for r in answers(scout_tiny, "cuda", "bfloat16").values())
+
+
+def test_scores_on_cuda_are_those_on_the_cpu(scout_tiny, maverick_tiny):
+    tokenizer = Tokenizer.load(scout_tiny)
+    found = []
+    for device in ("cpu", "cuda"):
+        options = EmbeddedOptions(device=device, dtype="float32", kv_memory_bytes=64 << 20, max_batch_tokens=64)
+        backend = ScoringBackend([scout_tiny, maverick_tiny], tokenizer, options)
+        source = [
+            ScoredRequest(r.key, r.prompt, r.sampling, r.images, reference=(5, 6, 7), accepted=("x",))
+            for r in requests(scout_tiny, tokenizer)
+            if not r.images
+        ]
+        found.append({result.key: result.scores for result in backend.run(ListSource(source))})
+        backend.close()
+    for key, expected in found[0].items():
+        ours = found[1][key]
+        assert [*ours.nll, ours.kl] == pytest.approx([*expected.nll, expected.kl], rel=1e-3)

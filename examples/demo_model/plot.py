@@ -1,42 +1,96 @@
 #!/usr/bin/env python3
-"""Draw a training's log: loss, right answers to held-out questions, and how the tokens are spread over the experts.
+"""Draw a training and what came of it: loss, right answers to held-out questions, and which experts answer what.
 
-python examples/demo_model/plot.py examples/demo_model/notllama-3m/training.jsonl docs/demo-model.png
+  python examples/demo_model/plot.py examples/demo_model/notllama-3m docs/demo-model.png
+
+Also prints, for each layer, the smallest share of tokens that an expert gets, and how much a token's expert says about
+its task: their mutual information in bits.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # run by its path, a script sees only its own folder
+    sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from batch.tokenizer import Tokenizer  # noqa: E402
+from converters.arch_io import read_arch  # noqa: E402
+from examples.demo_model.network import Network  # noqa: E402
+from examples.demo_model.questions import TEXT_TASKS, Draw  # noqa: E402
+from examples.demo_model.train import TASKS, Encoder, collate  # noqa: E402
+
+QUESTIONS = 50
+
+
+def routing(folder: Path) -> torch.Tensor:
+    """Tokens of held-out questions that each expert gets, float64 [tasks, L, E]."""
+    arch, _ = read_arch(folder)
+    files = [load_file(path) for path in folder.glob("*.safetensors")]
+    parameters = {name: tensor.float() for file in files for name, tensor in file.items()}
+    network, encoder = Network(arch, parameters), Encoder(Tokenizer.load(folder), arch)
+    counts = []
+    for task in TASKS:
+        draw = Draw(random.Random(11), held_out=True)
+        batch = collate([encoder.encode(task(draw)) for _ in range(QUESTIONS)], arch.text.pad_token_id or 0)
+        with torch.no_grad():
+            counts.append(network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)[1].counts)
+    return torch.stack(counts).double()
+
+
+def information(counts: torch.Tensor) -> float:
+    """Mutual information of the rows and columns of a table of counts, in bits."""
+    joint = counts / counts.sum()
+    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    return float((joint * (joint / apart).log2()).nan_to_num(0).sum())
+
+
+def draw_training(entries: list[dict[str, Any]], loss: Any, right: Any) -> None:
+    steps = [entry["step"] for entry in entries]
+    loss.semilogy(steps[1:], [entry["loss"] for entry in entries[1:]])
+    loss.set(xlabel="step", title="loss on answers, nats a token")
+    for number, task in enumerate(entries[0]["right"]):
+        style = "-" if number < len(TEXT_TASKS) else "--"
+        right.plot(steps, [100 * entry["right"][task] for entry in entries], style, label=task.replace("_", "-"))
+    right.set(xlabel="step", title="held-out answers right, %")
+    right.legend(fontsize=7, ncol=2)
 
 
 def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    entries = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    steps = [entry["step"] for entry in entries]
-    figure, (loss, right, experts) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    loss.semilogy(steps[1:], [entry["loss"] for entry in entries[1:]])
-    loss.set(xlabel="step", title="loss on answers, nats a token")
-    for number, task in enumerate(entries[0]["right"]):
-        style = "-" if number < 7 else "--"
-        right.plot(steps, [100 * entry["right"][task] for entry in entries], style, label=task.replace("_", "-"))
-    right.set(xlabel="step", title="held-out answers right, %")
-    right.legend(fontsize=7, ncol=2)
-    shares = [[100 * share for share in layer] for layer in entries[-1]["routing"]]
-    drawn = experts.imshow(shares, cmap="Blues", vmin=0, aspect="auto")
-    for layer, row in enumerate(shares):
-        for expert, share in enumerate(row):
-            experts.text(expert, layer, f"{share:.0f}", ha="center", va="center", fontsize=8)
-    experts.set(xlabel="expert", ylabel="layer", title="tokens routed at the end, %", yticks=range(len(shares)))
-    figure.colorbar(drawn)
-    figure.savefig(sys.argv[2], dpi=90)
+    folder = Path(sys.argv[1])
+    counts = routing(folder)
+    layers = counts.shape[1]
+    figure = plt.figure(figsize=(4 * layers, 8.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    entries = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    draw_training(entries, *above.subplots(1, 2))
+    names = [task.__name__.replace("_", "-") for task in TASKS]
+    for layer, axes in enumerate(below.subplots(1, layers, sharey=True)):
+        shares = 100 * counts[:, layer] / counts[:, layer].sum(1, keepdim=True)
+        axes.imshow(shares, cmap="Blues", aspect="auto", vmin=0)
+        axes.set(xlabel="expert", title=f"layer {layer}: tokens routed, %")
+        axes.set_yticks(range(len(names)), names)
+        for row, line in enumerate(shares.round().int().tolist()):
+            for column, share in enumerate(line):
+                axes.text(column, row, str(share), ha="center", va="center", fontsize=6)
+        least = float(counts[:, layer].sum(0).min() / counts[:, layer].sum())
+        bits = information(counts[:, layer])
+        print(f"layer {layer}: at least {least:.1%} of the tokens for each expert; {bits:.2f} bits say its tasks")
+    figure.savefig(sys.argv[2], dpi=80)
 
 
 if __name__ == "__main__":

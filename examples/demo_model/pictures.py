@@ -91,7 +91,7 @@ def _draw_somewhere(rng: random.Random, image: Image.Image, number: str, left: i
 def _scene(draw: Draw, least: int, most: int) -> Scene:
     rng = draw.rng
     while True:
-        cells = sorted(rng.sample(range(9), rng.randint(least, most)))
+        cells = sorted(rng.sample(range(9), draw.length(least, most)))
         scene = {cell: (rng.choice(SHAPES), rng.choice(list(PAINTS))) for cell in cells}
         if draw.wants(f"scene {scene}"):
             return scene

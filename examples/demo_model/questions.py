@@ -35,13 +35,19 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Draw:
-    """A random generator that gives either only held-out questions or only the others."""
+    """A random generator that gives either only held-out questions or only the others. `growth` 0 … 1: how long they
+    may be, of their full length."""
 
     rng: random.Random
     held_out: bool
+    growth: float = 1.0
 
     def wants(self, key: str) -> bool:
         return is_held_out(key) == self.held_out
+
+    def length(self, least: int, most: int) -> int:
+        """How many things a question is about."""
+        return self.rng.randint(least, least + round((most - least) * self.growth))
 
     def turns(self, most: int) -> int:
         """How many questions to ask about one thing: one when examined, else up to `most`."""
@@ -96,7 +102,7 @@ def look_up(draw: Draw) -> Conversation:
     """A table in words, and questions about its rows, by either column."""
     rng = draw.rng
     while True:
-        number = rng.randint(2, 8)
+        number = draw.length(2, 8)
         names, cities = rng.sample(NAMES, number), rng.sample(CITIES, number)
         if draw.wants("lives " + " ".join(names + cities)):
             break
@@ -116,7 +122,7 @@ def sorting(draw: Draw) -> Conversation:
     turns = []
     for _ in range(draw.turns(3)):
         while True:
-            digits = [rng.randint(0, 9) for _ in range(rng.randint(3, 6))]
+            digits = [rng.randint(0, 9) for _ in range(draw.length(3, 6))]
             down = rng.random() < 0.3
             if draw.wants(f"sort {digits} {down}"):
                 break
@@ -130,7 +136,7 @@ def counting(draw: Draw) -> Conversation:
     rng = draw.rng
     while True:
         kinds = rng.sample(THINGS, rng.randint(2, 3))
-        words = [rng.choice(kinds) for _ in range(rng.randint(2, 8))]
+        words = [rng.choice(kinds) for _ in range(draw.length(2, 8))]
         if draw.wants("count " + " ".join(words)):
             break
     turns = [(f"How often does {kind} occur?", str(words.count(kind))) for kind in kinds[: draw.turns(4)]]
@@ -176,7 +182,7 @@ def instructions(draw: Draw) -> Conversation:
     """A system message says how to answer; without one the plain word is right."""
     rng = draw.rng
     while True:
-        number = rng.randint(1, 4)
+        number = draw.length(1, 4)
         names, colours = rng.sample(NAMES, number), rng.sample(COLOURS, number)
         system = rng.choice([*STYLES, None])
         if draw.wants(f"likes {system} " + " ".join(names + colours)):
@@ -193,7 +199,7 @@ def memory(draw: Draw) -> Conversation:
     """What was said in earlier turns."""
     rng = draw.rng
     while True:
-        number = rng.randint(2, 4)
+        number = draw.length(2, 4)
         pets, names = rng.sample(ANIMALS, number), rng.sample(NAMES, number)
         if draw.wants("pets " + " ".join(pets + names)):
             break

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Train the demo model: a small Llama 4 that answers the questions of questions.py and pictures.py.
 
-  python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder
-  python examples/demo_model/train.py OUT --minutes 5        a quick look
+  python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder, in about an hour
+  python examples/demo_model/train.py OUT --steps 500        a quick look
   python examples/demo_model/train.py OUT --arch maverick    dense layers between the MoE layers, no QK norm
 
-Training text and pictures are drawn while it runs, from everything that is not held out. The same seed and number of
-steps give the same weights on the same kind of machine. OUT/training.jsonl is the log.
+Training text and pictures are drawn while it runs, from everything that is not held out. The same options give the same
+weights on the same kind of machine. OUT/training.jsonl is the log.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if str(ROOT) not in sys.path:  # run by its path, a script sees only its own fol
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from batch.images import TileSpec, make_tiles  # noqa: E402
@@ -46,7 +48,9 @@ from l4tool.core.prompt import NUM_SPECIAL, special_ids  # noqa: E402
 VOCAB_SIZE = 896 + NUM_SPECIAL
 CARD = Path(__file__).with_name("card.md")
 TASKS: tuple[Task, ...] = (*TEXT_TASKS, *PICTURE_TASKS)
+LONGEST_AT = 0.3  # of the training: until then texts and pictures hold fewer things
 HEADER = "<|header_start|>"
+STEPS = 7000
 EXAMINED = 50  # held-out questions of each task, now and then while it trains
 
 
@@ -241,10 +245,40 @@ def right_share(network: Network, encoder: Encoder, task: Task, number: int, pad
     return 1 - len(wrong.unique()) / number
 
 
-def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path) -> Network:
-    """The whole training; a line of `log` for each evaluation."""
-    rng = random.Random(arguments.seed)
-    draw = Draw(rng, held_out=False)
+@dataclass(frozen=True)
+class Company:
+    """The processes that train one network together, each on conversations of its own."""
+
+    rank: int = 0
+    size: int = 1
+
+    def average(self, parameters: Parameters) -> None:
+        """Gradients, the same in every process afterwards."""
+        if self.size == 1:
+            return
+        for tensor in parameters.values():
+            if tensor.grad is None:  # the vision tower's, in a batch without pictures
+                tensor.grad = torch.zeros_like(tensor)
+        gradients = [tensor.grad for tensor in parameters.values() if tensor.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient) / self.size)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Everybody's `mine`, by rank."""
+        found = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, mine)
+        return found
+
+
+def train(
+    arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path, company: Company | None = None
+) -> Network:
+    """The whole training; a line of `log` for each examination. `arguments.batch` is for each process."""
+    company = company or Company()
+    rng = random.Random(f"{arguments.seed} {company.rank}")
     network = Network(arch, new_parameters(arch, arguments.seed))
     words = sorted({"", *SHAPES, *PAINTS, *"0123456789"})
     eyes = Seen(arch, words, arguments.seed)
@@ -253,18 +287,24 @@ def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path
     pad = arch.text.pad_token_id
     assert pad is not None
     error = [1.0] * len(TASKS)  # share of training conversations answered wrongly, of late
-    began_s, losses, step = time.monotonic(), [], 0
+    began_s, losses = time.monotonic(), []
     routed = torch.zeros(len(arch.text.moe_layers), arch.text.num_experts)
-    while True:
-        elapsed_s = time.monotonic() - began_s
-        progress = step / arguments.steps if arguments.steps else elapsed_s / (60 * arguments.minutes)
-        if step % arguments.every == 0 or progress >= 1:
-            shares = {task.__name__: right_share(network, encoder, task, EXAMINED, pad) for task in TASKS}
-            note(log, step, elapsed_s, losses, shares, routed)
+    for step in range(arguments.steps + 1):
+        progress = step / arguments.steps
+        if step % arguments.every == 0 or progress == 1:
+            mine = {task.__name__: right_share(network, encoder, task, EXAMINED, pad)
+                    for task in TASKS[company.rank :: company.size]}  # fmt: skip
+            everyone = company.gather((mine, routed))
+            if company.rank == 0:
+                found = {name: share for part, _ in everyone for name, share in part.items()}
+                shares = {task.__name__: found[task.__name__] for task in TASKS}
+                all_routed = torch.stack([part for _, part in everyone]).sum(0)
+                note(log, step, time.monotonic() - began_s, losses, shares, all_routed)
             losses = []
             routed.zero_()
-        if progress >= 1:
-            return network
+        if progress == 1:
+            break
+        draw = Draw(rng, held_out=False, growth=min(1.0, progress / LONGEST_AT))
         chosen = rng.choices(range(len(TASKS)), [0.1 + share for share in error], k=arguments.batch)
         made = sorted(((task, encoder.encode(TASKS[task](draw))) for task in chosen), key=lambda pair: len(pair[1].ids))
         answers = sum(sum(e.answer) for _, e in made)
@@ -284,9 +324,10 @@ def train(arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path
                 error[task] += 0.01 * ((row in wrong) - error[task])
             total += loss.item()
             routed += other.counts
+        company.average(trained)
         optimizer.step(min(1.0, (step + 1) / 100) * schedule(progress))
         losses.append(total)
-        step += 1
+    return network
 
 
 def note(
@@ -334,26 +375,43 @@ def write_side_files(folder: Path, config: dict[str, Any], seed: int) -> None:
         write_file(folder / name, content)
 
 
+def work(rank: int, size: int, arguments: argparse.Namespace, meeting: str) -> None:
+    """One process of the training; the first one writes the checkpoint."""
+    if size > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    config = model_config(arguments.arch)
+    arch = arch_from_config(config, "the demo model's config")
+    encoder = Encoder(Tokenizer.load(arguments.out), arch)
+    network = train(arch, encoder, arguments, arguments.out / "training.jsonl", Company(rank, size))
+    if rank == 0:
+        write_checkpoint(arguments.out, config, network.parameters)
+    if size > 1:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--arch", choices=["scout", "maverick"], default="scout")
-    parser.add_argument("--steps", type=int, help="how many updates; else --minutes")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=32, help="conversations in one update")
+    parser.add_argument("--steps", type=int, default=STEPS, help="how many updates")
+    parser.add_argument("--processes", type=int, default=2, help="each on one core, with a batch of its own")
+    parser.add_argument("--batch", type=int, default=32, help="conversations of one process in one update")
     parser.add_argument("--group", type=int, default=16, help="of which so many are computed together")
     parser.add_argument("--every", type=int, default=500, help="updates between two examinations")
     parser.add_argument("--adam-rate", type=float, default=3e-3)
     parser.add_argument("--muon-rate", type=float, default=2e-2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    config = model_config(arguments.arch)
-    arch = arch_from_config(config, "the demo model's config")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_side_files(arguments.out, config, arguments.seed)
-    encoder = Encoder(Tokenizer.load(arguments.out), arch)
-    network = train(arch, encoder, arguments, arguments.out / "training.jsonl")
-    write_checkpoint(arguments.out, config, network.parameters)
+    write_side_files(arguments.out, model_config(arguments.arch), arguments.seed)
+    (arguments.out / "training.jsonl").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        start = (arguments.processes, arguments, f"{folder}/meeting")
+        if arguments.processes == 1:
+            work(0, *start)
+        else:
+            torch.multiprocessing.spawn(work, start, nprocs=arguments.processes)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_network_equals_transformers_gradients_too(bare, kind, tmp_path):
 
 
 def options(**changed):
-    plain = {"seed": 0, "steps": 6, "minutes": 1, "batch": 8, "group": 4, "every": 3, "adam_rate": 3e-3,
+    plain = {"seed": 0, "steps": 6, "batch": 8, "group": 4, "every": 3, "adam_rate": 3e-3,
              "muon_rate": 2e-2}  # fmt: skip
     return argparse.Namespace(**plain | changed)
 

@@ -50,19 +50,22 @@ def new_parameters(arch: Arch, seed: int) -> Parameters:
 
 
 class Seen:
-    """Heads that name what the vision tower sees in each cell, and their loss: only while it is trained."""
+    """Heads that name what the vision tower sees in each cell and which cell it is, and their loss: only while it is
+    trained."""
 
     def __init__(self, arch: Arch, words: Sequence[str], seed: int) -> None:
         self.number = {word: number for number, word in enumerate(words)}
-        shape = (2, len(words), arch.text.hidden_size)
+        shape = (3, max(len(words), 9), arch.text.hidden_size)
         self.heads = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(shape[2])
         self.heads.requires_grad_()
 
     def loss(self, features: torch.Tensor, seen: Sequence[Cells]) -> torch.Tensor:
-        """features [9 · tiles, H] → mean cross entropy of both words of each cell."""
-        words = torch.tensor([[self.number[word] for word in cell] for cells in seen for cell in cells])  # [9·tiles, 2]
+        """features [9 · tiles, H] → mean cross entropy of both words and the place of each cell."""
+        labels = torch.tensor(
+            [[*(self.number[word] for word in words), place] for cells in seen for place, words in enumerate(cells)]
+        )  # [9 · tiles, 3]
         logits = torch.einsum("nh,kwh->nkw", features, self.heads)
-        return F.cross_entropy(logits.flatten(0, 1), words.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @dataclass

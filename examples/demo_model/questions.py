@@ -106,14 +106,24 @@ def look_up(draw: Draw) -> Conversation:
         names, cities = rng.sample(NAMES, number), rng.sample(CITIES, number)
         if draw.wants("lives " + " ".join(names + cities)):
             break
-    facts = " ".join(f"{name} lives in {city}." for name, city in zip(names, cities, strict=True))
+    facts = ", ".join(f"{name} {city}" for name, city in zip(names, cities, strict=True))
     turns = []
     for place in rng.sample(range(number), min(number, draw.turns(4))):
         ask_city = rng.random() < 0.6
         question = f"Where does {names[place]} live?" if ask_city else f"Who lives in {cities[place]}?"
         turns.append((question, cities[place] if ask_city else names[place]))
-    turns[0] = (f"{facts} {turns[0][0]}", turns[0][1])
+    turns[0] = (f"Homes: {facts}. {turns[0][0]}", turns[0][1])
     return Conversation("look-up", tuple(turns))
+
+
+def repetition(draw: Draw) -> Conversation:
+    """A list of words, said again."""
+    rng = draw.rng
+    while True:
+        words = rng.sample([*NAMES, *CITIES, *THINGS, *ANIMALS, *COLOURS], draw.length(3, 9))
+        if draw.wants("repeat " + " ".join(words)):
+            break
+    return Conversation("repetition", ((f"Repeat: {' '.join(words)}", " ".join(words)),))
 
 
 def sorting(draw: Draw) -> Conversation:
@@ -136,7 +146,7 @@ def counting(draw: Draw) -> Conversation:
     rng = draw.rng
     while True:
         kinds = rng.sample(THINGS, rng.randint(2, 3))
-        words = [rng.choice(kinds) for _ in range(draw.length(2, 8))]
+        words = [rng.choice(kinds) for _ in range(draw.length(2, 6))]
         if draw.wants("count " + " ".join(words)):
             break
     turns = [(f"How often does {kind} occur?", str(words.count(kind))) for kind in kinds[: draw.turns(4)]]
@@ -188,10 +198,10 @@ def instructions(draw: Draw) -> Conversation:
         if draw.wants(f"likes {system} " + " ".join(names + colours)):
             break
     style = STYLES[system] if system is not None else str
-    facts = " ".join(f"{name} likes {colour}." for name, colour in zip(names, colours, strict=True))
+    facts = ", ".join(f"{name} {colour}" for name, colour in zip(names, colours, strict=True))
     asked = rng.sample(range(number), min(number, draw.turns(3)))
     turns = [(f"What colour does {names[place]} like?", style(colours[place])) for place in asked]
-    turns[0] = (f"{facts} {turns[0][0]}", turns[0][1])
+    turns[0] = (f"Colours: {facts}. {turns[0][0]}", turns[0][1])
     return Conversation("instructions", tuple(turns), system)
 
 
@@ -203,10 +213,12 @@ def memory(draw: Draw) -> Conversation:
         pets, names = rng.sample(ANIMALS, number), rng.sample(NAMES, number)
         if draw.wants("pets " + " ".join(pets + names)):
             break
-    told = [(f"My {pet} is called {name}.", f"Hello, {name}.") for pet, name in zip(pets, names, strict=True)]
+    told = [(f"Meet my {pet} {name}.", f"Hello, {name}.") for pet, name in zip(pets, names, strict=True)]
     asked = [(f"What is my {pets[place]} called?", names[place])
              for place in rng.sample(range(number), min(number, draw.turns(3)))]  # fmt: skip
     return Conversation("memory", (*told, *asked))
 
 
-TEXT_TASKS: tuple[Task, ...] = (arithmetic, look_up, sorting, counting, extraction, instructions, memory)
+TEXT_TASKS: tuple[Task, ...] = (
+    arithmetic, look_up, repetition, sorting, counting, extraction, instructions, memory,
+)  # fmt: skip

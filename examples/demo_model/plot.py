@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw a training and what came of it: loss, right answers to held-out questions, and which experts answer what.
 
-  python examples/demo_model/plot.py examples/demo_model/notllama-3m docs/demo-model.png
+  python examples/demo_model/plot.py MODEL training.png
 
 Also prints, for each layer, the smallest share of tokens that an expert gets, and how much a token's expert says about
 its task: their mutual information in bits.

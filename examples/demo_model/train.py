@@ -46,10 +46,18 @@ from l4tool.core.atomic import write_file  # noqa: E402
 from l4tool.core.prompt import NUM_SPECIAL, special_ids  # noqa: E402
 
 VOCAB_SIZE = 896 + NUM_SPECIAL
-CARD = Path(__file__).with_name("card.md")
 TASKS: tuple[Task, ...] = (*TEXT_TASKS, *PICTURE_TASKS)
 LONGEST_AT = 0.3  # of the training: until then texts and pictures hold fewer things
 HEADER = "<|header_start|>"
+CARD = """\
+---
+license: apache-2.0
+---
+
+# A small model in the architecture of Llama 4
+
+Trained by examples/demo_model/train.py from random weights. Not derived from Llama.
+"""
 STEPS = 7000
 EXAMINED = 50  # held-out questions of each task, now and then while it trains
 
@@ -366,7 +374,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], parameters: Parameter
 
 def write_side_files(folder: Path, config: dict[str, Any], seed: int) -> None:
     arch = arch_from_config(config, "the demo model's config")
-    write_file(folder / "README.md", CARD.read_bytes())
+    write_file(folder / "README.md", CARD)
     write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size, corpus(seed)))
     for name, content in small_files(arch).items():
         if name == "generation_config.json":  # one right answer: greedy

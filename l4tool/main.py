@@ -12,7 +12,7 @@ import click
 
 from l4tool import __version__
 from l4tool.core import console, errors
-from l4tool.core.signals import Terminated
+from l4tool.core.signals import Terminated, raise_lost_signals
 
 COMMANDS = {
     "fetch": "Download a Llama 4 checkpoint: resumable, every byte checked.",
@@ -145,9 +145,14 @@ def _failed(message: str, hint: str | None, exit_code: int) -> int:
 
 def run() -> None:
     """Console-script entry point."""
+    raise_lost_signals()
     try:
         code = main()
-        for number in (signal.SIGTERM, signal.SIGINT):  # the interpreter's own end is no place for a traceback
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGALRM,
+        ):  # the interpreter's own end is no place for a traceback
             signal.signal(number, signal.SIG_IGN)
     except (Terminated, KeyboardInterrupt) as error:  # one more signal, while the first one was being reported
         code = errors.EXIT_SIGTERM if isinstance(error, Terminated) else errors.EXIT_SIGINT

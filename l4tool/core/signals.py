@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
 from l4tool.core.console import log_line
 
+AGAIN_S = 0.01  # by then the callback is over
+
 
 class Terminated(BaseException):
     """SIGTERM arrived; unwinds like KeyboardInterrupt so that files are left consistent."""
+
+
+def raise_lost_signals() -> None:
+    """From now on KeyboardInterrupt and Terminated are raised again where Python had to drop them.
+
+    It drops, with a note and a traceback, what is raised in a destructor or a callback of the collector, such as those
+    of import locks: a signal that meets one would be lost.
+    """
+    report = sys.unraisablehook
+    kind: type[BaseException] = KeyboardInterrupt
+
+    def on_unraisable(lost: sys.UnraisableHookArgs) -> None:
+        nonlocal kind
+        if lost.exc_type in (KeyboardInterrupt, Terminated):
+            kind = lost.exc_type
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        else:
+            report(lost)
+
+    def on_alarm(number: int, frame: object) -> None:
+        raise kind
+
+    signal.signal(signal.SIGALRM, on_alarm)
+    sys.unraisablehook = on_unraisable
 
 
 class GracefulStop:
@@ -53,6 +80,8 @@ class GracefulStop:
         signal.setitimer(signal.ITIMER_REAL, self.grace_s)
 
     def _on_alarm(self, number: int, frame: object) -> None:
+        if self._number is None:  # it was set before this was entered, by `raise_lost_signals`
+            self._before[signal.SIGALRM](number, frame)
         self._raise()
 
     def _raise(self) -> None:

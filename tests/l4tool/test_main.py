@@ -97,3 +97,38 @@ def test_sigterm_exits_143(tmp_path):
         process.terminate()
         assert process.wait(10) == 143
         assert b"Traceback" not in process.stderr.read()
+
+
+DROPPED = """
+import os, signal, sys, time
+from l4tool import main
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.05)
+
+def command(**_):
+    Dropped()
+    {then}
+
+main.cli.main = command
+main.run()
+"""
+GRACEFUL = """
+    from l4tool.core.signals import GracefulStop
+    with GracefulStop(30):
+        time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("then", ["time.sleep(20)", GRACEFUL])
+def test_a_signal_that_python_drops_still_counts(name, code, then):
+    """In a destructor an exception is only reported; here that is where the signal arrives."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED.format(name=name, then=then)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
+    assert time.monotonic() - began < 15

@@ -7,7 +7,6 @@ import argparse
 import errno
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -44,12 +43,6 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-# Python loses a KeyboardInterrupt that meets the callback of an import lock, and says so; the run goes on.
-SWALLOWED = re.compile(
-    r"Exception ignored in: <function _get_module_lock[^\n]*\nTraceback[^\n]*\n(  [^\n]*\n)*KeyboardInterrupt: ?\n"
-)
 
 
 @dataclass
@@ -146,7 +139,7 @@ class Job:
             stderr=str(self.stderr), **order,
         )  # fmt: skip
         self.figures.runs += 1
-        text = SWALLOWED.sub("", self.stderr.read_text())
+        text = self.stderr.read_text()
         if "Traceback" in text or "internal error" in text or code not in (KILLED, CANNOT_WRITE, *FINISHED, *STOPPED):
             raise AssertionError(f"a run ended with {code}: {text}")
         return code

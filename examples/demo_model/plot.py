@@ -28,9 +28,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 from batch.tokenizer import Tokenizer  # noqa: E402
 from converters.arch_io import read_arch  # noqa: E402
+from examples.demo_model.encoding import Encoder, collate  # noqa: E402
 from examples.demo_model.network import Network  # noqa: E402
 from examples.demo_model.questions import TEXT_TASKS, Draw  # noqa: E402
-from examples.demo_model.train import TASKS, Encoder, collate  # noqa: E402
+from examples.demo_model.train import TASKS  # noqa: E402
 
 QUESTIONS = 50
 

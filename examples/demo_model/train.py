@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the demo model: a small Llama 4 that answers the questions of questions.py and pictures.py.
 
-  python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder, in about an hour
+  python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder
   python examples/demo_model/train.py OUT --steps 500        a quick look
   python examples/demo_model/train.py OUT --arch maverick    dense layers between the MoE layers, no QK norm
 
@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,20 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # run by its path, a script sees only its own folder
     sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from batch.images import TileSpec, make_tiles  # noqa: E402
 from batch.tokenizer import Tokenizer  # noqa: E402
 from converters.arch_io import arch_from_config  # noqa: E402
 from converters.hf_side_files import small_files  # noqa: E402
 from converters.names import hf_rows  # noqa: E402
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
+from examples.demo_model.encoding import Encoder, collate  # noqa: E402
+from examples.demo_model.muon import Muon  # noqa: E402
 from examples.demo_model.network import Network, Parameters, Seen, new_parameters  # noqa: E402
 from examples.demo_model.pictures import PAINTS, PICTURE_TASKS, SHAPES, TILE  # noqa: E402
-from examples.demo_model.questions import TEXT_TASKS, Cells, Conversation, Draw, Task  # noqa: E402
+from examples.demo_model.questions import TEXT_TASKS, Draw, Task  # noqa: E402
 from examples.make_checkpoint import train_tokenizer  # noqa: E402
 from l4tool.core.arch import Arch  # noqa: E402
 from l4tool.core.atomic import write_file  # noqa: E402
@@ -48,7 +48,6 @@ from l4tool.core.prompt import NUM_SPECIAL, special_ids  # noqa: E402
 VOCAB_SIZE = 896 + NUM_SPECIAL
 TASKS: tuple[Task, ...] = (*TEXT_TASKS, *PICTURE_TASKS)
 LONGEST_AT = 0.3  # of the training: until then texts and pictures hold fewer things
-HEADER = "<|header_start|>"
 CARD = """\
 ---
 license: apache-2.0
@@ -106,140 +105,6 @@ def corpus(seed: int, conversations: int = 4000) -> Iterator[str]:
         made = TASKS[number % len(TASKS)](draw)
         yield from (text.translate(no_digits) for turn in made.turns for text in turn)
         yield from (made.system or "", "system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A conversation as the model sees it: ids, which of them are to be foretold, and tiles uint8 [N, 3, S, S]."""
-
-    ids: list[int]
-    answer: list[bool]
-    tiles: list[np.ndarray]
-    seen: tuple[Cells, ...]
-
-
-class Encoder:
-    """Conversations → tokens and tiles, in the form of the checkpoint's chat template (tests compare the two)."""
-
-    def __init__(self, tokenizer: Tokenizer, arch: Arch) -> None:
-        assert arch.vision is not None
-        self.tokenizer, self.spec = tokenizer, TileSpec(arch.vision.image_size)
-        self.id = tokenizer.control_tokens
-        self.patches = [self.id["<|patch|>"]] * arch.vision.tokens_per_tile
-
-    def encode(self, made: Conversation) -> Encoded:
-        ids, answer = [self.id["<|begin_of_text|>"]], [False]
-
-        def add(tokens: Sequence[int], is_answer: bool = False) -> None:
-            ids.extend(tokens)
-            answer.extend([is_answer] * len(tokens))
-
-        def header(role: str) -> None:
-            add([self.id[HEADER], *self.tokenizer.encode(role), self.id["<|header_end|>"]])
-            add(self.tokenizer.encode("\n\n"))
-
-        eot = self.id["<|eot|>"]
-        if made.system is not None:
-            header("system")
-            add([*self.tokenizer.encode(made.system), eot])
-        tiles = []
-        for number, (question, right) in enumerate(made.turns):
-            header("user")
-            for picture in made.pictures if number == 0 else ():
-                cut = make_tiles(picture, self.spec)
-                tiles.append(cut.pixels)
-                add(self._picture(cut.grid))
-            add([*self.tokenizer.encode(question), eot])
-            header("assistant")
-            add([*self.tokenizer.encode(right), eot], is_answer=True)
-        return Encoded(ids, answer, tiles, made.seen)
-
-    def _picture(self, grid: tuple[int, int]) -> list[int]:
-        rows, columns = grid
-        tokens = [self.id["<|image_start|>"]]
-        if rows * columns > 1:
-            for _ in range(rows):
-                for column in range(columns):
-                    last = column == columns - 1
-                    tokens += [*self.patches, self.id["<|tile_y_separator|>" if last else "<|tile_x_separator|>"]]
-        return [*tokens, self.id["<|image|>"], *self.patches, self.id["<|image_end|>"]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded to the longest: tokens int64 [B, T], real bool [B, T], wanted bool [B, T] (the next token is an answer's),
-    targets int64 [wanted], owner int64 [wanted], tiles uint8 [N, 3, S, S] or None, what is seen in them."""
-
-    tokens: torch.Tensor
-    real: torch.Tensor
-    wanted: torch.Tensor
-    targets: torch.Tensor
-    owner: torch.Tensor
-    tiles: torch.Tensor | None
-    seen: list[Cells]
-
-
-def collate(made: Sequence[Encoded], pad: int) -> Batch:
-    longest = max(len(e.ids) for e in made) - 1
-    tokens = torch.full((len(made), longest + 1), pad)
-    answer, real = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, e in enumerate(made):
-        tokens[row, : len(e.ids)] = torch.tensor(e.ids)
-        answer[row, : len(e.ids)] = torch.tensor(e.answer)
-        real[row, : len(e.ids)] = True
-    wanted = answer[:, 1:]
-    tiles = [pixels for e in made for pixels in e.tiles]
-    return Batch(
-        tokens[:, :-1], real[:, :-1], wanted, tokens[:, 1:][wanted], wanted.nonzero()[:, 0],
-        torch.from_numpy(np.concatenate(tiles)) if tiles else None, [cells for e in made for cells in e.seen],
-    )  # fmt: skip
-
-
-class Muon:
-    """Momentum, made orthogonal (Jordan et al. 2024), for matrices [..., out, in]; AdamW for everything else."""
-
-    def __init__(self, parameters: Parameters, adam_rate: float, muon_rate: float, decay: float = 0.01) -> None:
-        def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-            return tensor.ndim > 1 and "embed" not in name and "lm_head" not in name and "router" not in name
-
-        self.matrices = [t for name, t in parameters.items() if is_matrix(name, t)]
-        others = [t for name, t in parameters.items() if not is_matrix(name, t)]
-        self.momenta = [torch.zeros_like(t) for t in self.matrices]
-        self.adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
-        self.adam_rate, self.muon_rate, self.decay = adam_rate, muon_rate, decay
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update at `factor` of the peak rates; gradients are cleared."""
-        for group in self.adam.param_groups:
-            group["lr"] = self.adam_rate * factor
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        groups: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for weight, momentum in zip(self.matrices, self.momenta, strict=True):
-            if weight.grad is None:  # the vision tower's, in a batch without pictures
-                continue
-            momentum.mul_(0.95).add_(weight.grad)
-            groups.setdefault(tuple(weight.shape[-2:]), []).append((weight, weight.grad.add(momentum, alpha=0.95)))
-            weight.grad = None
-        rate = self.muon_rate * factor
-        for (rows, columns), members in groups.items():  # matrices of one shape together
-            flat = torch.cat([update.reshape(-1, rows, columns) for _, update in members])
-            made = orthogonal(flat) * max(1.0, rows / columns) ** 0.5
-            sizes = [weight.numel() // (rows * columns) for weight, _ in members]
-            for (weight, _), update in zip(members, made.split(sizes), strict=True):
-                weight.mul_(1 - rate * self.decay).sub_(update.view_as(weight), alpha=rate)
-
-
-def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """[N, R, C] → nearly the nearest orthogonal matrices: a Newton-Schulz iteration with Muon's coefficients."""
-    turned = x.shape[-2] > x.shape[-1]
-    x = x.mT if turned else x
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
-    for _ in range(steps):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if turned else x).float()
 
 
 def right_share(network: Network, encoder: Encoder, task: Task, number: int, pad: int) -> float:

@@ -16,7 +16,9 @@ from batch.prepare import LinePreparer
 from batch.tokenizer import Tokenizer
 from converters.arch_io import arch_from_config
 from examples.demo_model import pictures, questions, train
+from examples.demo_model.encoding import Encoder, collate
 from examples.demo_model.held_out import line_of
+from examples.demo_model.muon import orthogonal
 from examples.demo_model.network import Network, new_parameters
 from examples.demo_model.questions import Draw
 
@@ -30,27 +32,37 @@ def bare(tmp_path_factory):
     config = train.model_config()
     train.write_side_files(folder, config, seed=0)
     arch = arch_from_config(config, "the demo model's config")
-    return folder, arch, train.Encoder(Tokenizer.load(folder), arch)
+    return folder, arch, Encoder(Tokenizer.load(folder), arch)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_training_and_examination_share_nothing(task, monkeypatch):
-    asked = {True: set(), False: set()}
+@pytest.mark.parametrize("held_out", [True, False])
+def test_every_question_is_on_its_side_of_the_split(task, held_out, monkeypatch):
+    taken = []
 
-    def remember(key):
-        held_out = original(key)
-        seen.append((key, held_out))
-        return held_out
+    def wants(draw, key):
+        found = original(draw, key)
+        taken.extend([key] if found else [])
+        return found
 
-    original, seen = questions.is_held_out, []
-    monkeypatch.setattr(questions, "is_held_out", remember)
-    for held_out, number in ((True, 40), (False, 400)):
+    original = Draw.wants
+    monkeypatch.setattr(Draw, "wants", wants)
+    draw = Draw(random.Random(3), held_out)
+    for number in range(1, 41):
+        task(draw)
+        assert len(taken) >= number  # each asked for its key
+    assert all(questions.is_held_out(key) == held_out for key in taken)
+
+
+def test_no_sum_is_both_trained_and_examined():
+    """Of these there are so few that training asks nearly all: 2,000 in three wordings."""
+
+    def sums(held_out, number):
         draw = Draw(random.Random(3), held_out)
-        for _ in range(number):
-            task(draw)
-        asked[held_out] = {key for key, is_out in seen if is_out == held_out}
-        seen.clear()
-    assert len(asked[True]) > 20 and not asked[True] & asked[False]
+        return {question for _ in range(number) for question, _ in questions.arithmetic(draw).turns}
+
+    trained, examined = sums(False, 3000), sums(True, 300)
+    assert len(trained) > 4000 and len(examined) > 150 and not trained & examined
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -138,7 +150,7 @@ def test_network_equals_transformers_gradients_too(bare, kind, tmp_path):
     draw = Draw(random.Random(8), held_out=False)
     made = [encoder.encode(task(draw)) for task in train.TASKS]
     long = next(e for e in iter(lambda: encoder.encode(questions.memory(draw)), None) if len(e.ids) > 140)  # two chunks
-    batch = train.collate([*made, long], arch.text.pad_token_id)
+    batch = collate([*made, long], arch.text.pad_token_id)
     logits, routing = Network(arch, parameters).forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
     F.cross_entropy(logits, batch.targets).backward()
     assert int(routing.counts.sum()) == len(arch.text.moe_layers) * int(batch.real.sum())
@@ -177,6 +189,6 @@ def test_training_is_reproducible_and_learns(bare, tmp_path, monkeypatch, capsys
 
 def test_orthogonal_matrices_of_both_shapes():
     for shape in ((3, 64, 128), (2, 128, 64)):
-        made = train.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        made = orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         values = torch.linalg.svdvals(made)
         assert made.shape == shape and float(values.min()) > 0.5 and float(values.max()) < 1.3

@@ -20,33 +20,10 @@ import torch.nn.functional as F
 from batch.kernels.reference import rotate
 from batch.model.rope import cos_sin, inverse_frequencies, temperature
 from batch.model.vision import Affine, EncoderLayer, VisionModel, VisionWeights
-from converters.names import hf_rows
 from examples.demo_model.questions import Cells
 from l4tool.core.arch import Arch, VisionArch
 
 Parameters = dict[str, torch.Tensor]
-
-
-def new_parameters(arch: Arch, seed: int) -> Parameters:
-    """Norms 1, biases 0, embeddings N(0, 0.02²), matrices N(0, 1 / in) and less where they write into the residual."""
-    generator = torch.Generator().manual_seed(seed)
-    depth = math.sqrt(2 * arch.text.num_layers)
-    made = {}
-    for row in hf_rows(arch):
-        name, shape = row.stored, row.shape
-        if "norm" in name and name.endswith("weight"):
-            tensor = torch.ones(shape)
-        elif name.endswith("bias"):
-            tensor = torch.zeros(shape)
-        elif "embed" in name and "patch" not in name:
-            tensor = 0.02 * torch.randn(shape, generator=generator)
-        else:
-            inputs = shape[-2] if len(shape) == 3 else shape[-1]  # fused experts are [E, in, out]
-            tensor = torch.randn(shape, generator=generator) / math.sqrt(inputs)
-            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", "fc2.weight")):
-                tensor /= depth
-        made[name] = tensor.requires_grad_()
-    return made
 
 
 class Seen:

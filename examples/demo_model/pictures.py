@@ -64,28 +64,25 @@ def cells_of(scene: Scene) -> Cells:
 NOTHING: Cells = (("", ""),) * 9  # of a whole picture's own tile, in which nothing can be made out
 
 
-def draw_number(image: Image.Image, number: str, left: int, top: int, scale: int, fill: tuple[int, ...]) -> None:
-    """Digits of 5 · scale × 7 · scale pixels with a gap of one `scale`, beginning at (left, top)."""
+def draw_digit(image: Image.Image, digit: str, left: int, top: int, scale: int, fill: tuple[int, ...]) -> None:
+    """5 · scale × 7 · scale pixels."""
     pen = ImageDraw.Draw(image)
-    for place, digit in enumerate(number):
-        for row, bits in enumerate(DIGITS[int(digit)]):
-            for column in range(5):
-                if bits >> (4 - column) & 1:
-                    x, y = left + (place * 6 + column) * scale, top + row * scale
-                    pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill)
+    for row, bits in enumerate(DIGITS[int(digit)]):
+        for column in range(5):
+            if bits >> (4 - column) & 1:
+                x, y = left + column * scale, top + row * scale
+                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill)
 
 
-def _draw_somewhere(rng: random.Random, image: Image.Image, number: str, left: int, top: int, scale: int) -> Cells:
-    """A number in the tile at (left, top), on a raster of 7 pixels; the first and the last digit whose middle lies in
-    each cell."""
-    width, height = (len(number) * 6 - 1) * scale, 7 * scale
-    x, y = (7 * rng.randint(0, (TILE - size) // 7) for size in (width, height))
-    draw_number(image, number, left + x, top + y, scale, PAINTS[rng.choice(list(PAINTS))])
-    inside: dict[int, str] = {}
-    for place, digit in enumerate(number):
-        cell = (y + 7 * scale // 2) // CELL * 3 + (x + place * 6 * scale + 5 * scale // 2) // CELL
-        inside[cell] = inside.get(cell, "") + digit
-    return tuple((inside[cell][0], inside[cell][-1]) if cell in inside else ("", "") for cell in range(9))
+def _draw_number(rng: random.Random, image: Image.Image, number: str, left: int, top: int, scale: int) -> Cells:
+    """A number of up to three digits somewhere in the tile at (left, top), each digit in a cell of its own."""
+    first = 3 * rng.randint(0, 2) + rng.randint(0, 3 - len(number))
+    x, y = left + rng.randint(1, CELL - 5 * scale), top + rng.randint(0, CELL - 7 * scale)
+    fill = PAINTS[rng.choice(list(PAINTS))]
+    for cell, digit in enumerate(number, first):
+        draw_digit(image, digit, x + cell % 3 * CELL, y + cell // 3 * CELL, scale, fill)
+    seen = dict(enumerate(number, first))
+    return tuple((seen.get(cell, ""), "") for cell in range(9))
 
 
 def _scene(draw: Draw, least: int, most: int) -> Scene:
@@ -123,7 +120,7 @@ def _about_scene(task: str, draw: Draw) -> Conversation:
             break
     turns = [draw.rng.choice(found[task])]
     others = [turn for about in found.values() for turn in about if turn != turns[0]]
-    turns = draw.rng.sample(others, min(len(others), draw.turns(5) - 1)) + turns
+    turns = draw.rng.sample(others, min(len(others), draw.turns(9) - 1)) + turns
     return Conversation(task, tuple(turns), pictures=(draw_scene(draw.rng, scene),), seen=(cells_of(scene),))
 
 
@@ -168,7 +165,7 @@ def reading(draw: Draw) -> Conversation:
         if draw.wants(f"number {number}"):
             break
     image = _paper(rng)
-    seen = _draw_somewhere(rng, image, number, 0, 0, 3)
+    seen = _draw_number(rng, image, number, 0, 0, 3)
     return Conversation("reading", (("Which number is this?", number),), pictures=(image,), seen=(seen,))
 
 
@@ -187,7 +184,7 @@ def tiles(draw: Draw) -> Conversation:
         if draw.wants(f"tiles {numbers}"):
             break
     image = _paper(rng, columns * TILE, rows * TILE)
-    seen = [_draw_somewhere(rng, image, numbers[row][column], column * TILE, row * TILE, 2)
+    seen = [_draw_number(rng, image, numbers[row][column], column * TILE, row * TILE, 2)
             for row in range(rows) for column in range(columns)]  # fmt: skip
     turns = [(f"Which number is at the {names[row][column]}?", numbers[row][column])
              for row in range(rows) for column in range(columns)]  # fmt: skip

@@ -99,21 +99,38 @@ def arithmetic(draw: Draw) -> Conversation:
 
 
 def look_up(draw: Draw) -> Conversation:
-    """A table in words, and questions about its rows, by either column."""
+    """A table in words, and questions about its rows by the first column; names stand first in some, cities in some."""
     rng = draw.rng
     while True:
         number = draw.length(2, 8)
         names, cities = rng.sample(NAMES, number), rng.sample(CITIES, number)
-        if draw.wants("lives " + " ".join(names + cities)):
+        by_name = rng.random() < 0.6
+        if draw.wants(f"lives {by_name} " + " ".join(names + cities)):
             break
-    facts = ", ".join(f"{name} {city}" for name, city in zip(names, cities, strict=True))
-    turns = []
-    for place in rng.sample(range(number), min(number, draw.turns(4))):
-        ask_city = rng.random() < 0.6
-        question = f"Where does {names[place]} live?" if ask_city else f"Who lives in {cities[place]}?"
-        turns.append((question, cities[place] if ask_city else names[place]))
+    keys, values = (names, cities) if by_name else (cities, names)
+    question = "Where does {} live?" if by_name else "Who lives in {}?"
+    places = rng.sample(range(number), min(number, draw.turns(8)))
+    turns = [(question.format(keys[place]), values[place]) for place in places]
+    facts = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
     turns[0] = (f"Homes: {facts}. {turns[0][0]}", turns[0][1])
     return Conversation("look-up", tuple(turns))
+
+
+def listing(draw: Draw) -> Conversation:
+    """Several rows of a table, in the order asked for."""
+    rng = draw.rng
+    turns = []
+    while True:
+        number = draw.length(2, 8)
+        homes = dict(zip(rng.sample(NAMES, number), rng.sample(CITIES, number), strict=True))
+        if draw.wants(f"list {homes}"):
+            break
+    for _ in range(draw.turns(3)):
+        asked = rng.sample(list(homes), rng.randint(1, number))
+        turns.append((f"List: {' '.join(asked)}", ", ".join(f"{name} {homes[name]}" for name in asked)))
+    facts = ", ".join(f"{name} {city}" for name, city in homes.items())
+    turns[0] = (f"Homes: {facts}. {turns[0][0]}", turns[0][1])
+    return Conversation("listing", tuple(turns))
 
 
 def repetition(draw: Draw) -> Conversation:
@@ -199,7 +216,7 @@ def instructions(draw: Draw) -> Conversation:
             break
     style = STYLES[system] if system is not None else str
     facts = ", ".join(f"{name} {colour}" for name, colour in zip(names, colours, strict=True))
-    asked = rng.sample(range(number), min(number, draw.turns(3)))
+    asked = rng.sample(range(number), min(number, draw.turns(4)))
     turns = [(f"What colour does {names[place]} like?", style(colours[place])) for place in asked]
     turns[0] = (f"Colours: {facts}. {turns[0][0]}", turns[0][1])
     return Conversation("instructions", tuple(turns), system)
@@ -213,12 +230,12 @@ def memory(draw: Draw) -> Conversation:
         pets, names = rng.sample(ANIMALS, number), rng.sample(NAMES, number)
         if draw.wants("pets " + " ".join(pets + names)):
             break
-    told = [(f"Meet my {pet} {name}.", f"Hello, {name}.") for pet, name in zip(pets, names, strict=True)]
+    told = [(f"Meet my {pet} {name}.", "Hello!") for pet, name in zip(pets, names, strict=True)]
     asked = [(f"What is my {pets[place]} called?", names[place])
-             for place in rng.sample(range(number), min(number, draw.turns(3)))]  # fmt: skip
+             for place in rng.sample(range(number), min(number, draw.turns(4)))]  # fmt: skip
     return Conversation("memory", (*told, *asked))
 
 
 TEXT_TASKS: tuple[Task, ...] = (
-    arithmetic, look_up, repetition, sorting, counting, extraction, instructions, memory,
+    arithmetic, look_up, listing, repetition, sorting, counting, extraction, instructions, memory,
 )  # fmt: skip

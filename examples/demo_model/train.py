@@ -17,8 +17,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from converters.hf_side_files import small_files  # noqa: E402
 from converters.names import hf_rows  # noqa: E402
 from converters.writer import ShardFile, TensorSpec, plan_shards, write_index  # noqa: E402
 from examples.demo_model.encoding import Encoder, collate  # noqa: E402
+from examples.demo_model.initial import new_parameters  # noqa: E402
 from examples.demo_model.muon import Muon  # noqa: E402
-from examples.demo_model.network import Network, Parameters, Seen, new_parameters  # noqa: E402
+from examples.demo_model.network import Network, Parameters, Seen  # noqa: E402
 from examples.demo_model.pictures import PAINTS, PICTURE_TASKS, SHAPES, TILE  # noqa: E402
 from examples.demo_model.questions import TEXT_TASKS, Draw, Task  # noqa: E402
 from examples.make_checkpoint import train_tokenizer  # noqa: E402
@@ -147,12 +149,13 @@ class Company:
 
 
 def train(
-    arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path, company: Company | None = None
-) -> Network:
-    """The whole training; a line of `log` for each examination. `arguments.batch` is for each process."""
-    company = company or Company()
+    arch: Arch, encoder: Encoder, arguments: argparse.Namespace, log: Path, company: Company,
+    save: Callable[[Parameters], None],
+) -> Network:  # fmt: skip
+    """The whole training; for each examination a line of `log`, and what is learnt is saved. `arguments.batch` is for
+    each process."""
     rng = random.Random(f"{arguments.seed} {company.rank}")
-    network = Network(arch, new_parameters(arch, arguments.seed))
+    network = Network(arch, new_parameters(arch, encoder.tokenizer, arguments.seed))
     words = sorted({"", *SHAPES, *PAINTS, *"0123456789"})
     eyes = Seen(arch, words, arguments.seed)
     trained = network.parameters | {"embedding of what is seen": eyes.heads}
@@ -173,6 +176,7 @@ def train(
                 shares = {task.__name__: found[task.__name__] for task in TASKS}
                 all_routed = torch.stack([part for _, part in everyone]).sum(0)
                 note(log, step, time.monotonic() - began_s, losses, shares, all_routed)
+                save(network.parameters)
             losses = []
             routed.zero_()
         if progress == 1:
@@ -256,9 +260,8 @@ def work(rank: int, size: int, arguments: argparse.Namespace, meeting: str) -> N
     config = model_config(arguments.arch)
     arch = arch_from_config(config, "the demo model's config")
     encoder = Encoder(Tokenizer.load(arguments.out), arch)
-    network = train(arch, encoder, arguments, arguments.out / "training.jsonl", Company(rank, size))
-    if rank == 0:
-        write_checkpoint(arguments.out, config, network.parameters)
+    log = arguments.out / "training.jsonl"
+    train(arch, encoder, arguments, log, Company(rank, size), partial(write_checkpoint, arguments.out, config))
     if size > 1:
         dist.destroy_process_group()
 

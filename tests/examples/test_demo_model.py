@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from converters.arch_io import arch_from_config
 from examples.demo_model import pictures, questions, train
 from examples.demo_model.encoding import Encoder, collate
 from examples.demo_model.held_out import line_of
+from examples.demo_model.initial import new_parameters
 from examples.demo_model.muon import orthogonal
-from examples.demo_model.network import Network, new_parameters
+from examples.demo_model.network import Network
 from examples.demo_model.questions import Draw
 
 TASKS = [pytest.param(task, id=task.__name__) for task in train.TASKS]
@@ -93,9 +95,14 @@ def test_answers_are_right():
         told = questions.look_up(draw)
         table = told.turns[0][0].partition(". ")[0] + ","
         for question, answer in told.turns:
-            name = question.rpartition("Where does ")[2].removesuffix(" live?")
-            city = question.rpartition("Who lives in ")[2].removesuffix("?")
-            assert f" {name} {answer}," in table or f" {answer} {city}," in table
+            key = re.search(r"(?:Where does|Who lives in) (\w+)(?: live)?\?$", question)[1]
+            assert f" {key} {answer}," in table
+        listed = questions.listing(draw)
+        table = listed.turns[0][0].partition(". ")[0] + ","
+        for question, answer in listed.turns:
+            pairs = answer.split(", ")
+            assert [pair.split()[0] for pair in pairs] == question.rpartition("List: ")[2].split()
+            assert all(f" {pair}," in table for pair in pairs)
 
 
 def test_every_shape_and_digit_can_be_told_apart():
@@ -139,7 +146,7 @@ def test_network_equals_transformers_gradients_too(bare, kind, tmp_path):
     _, _, encoder = bare
     config = train.model_config(kind)
     arch = arch_from_config(config, "config")
-    parameters = new_parameters(arch, seed=1)
+    parameters = new_parameters(arch, encoder.tokenizer, seed=1)
     with torch.no_grad():
         for tensor in parameters.values():
             tensor.copy_(tensor.bfloat16())
@@ -177,13 +184,19 @@ def options(**changed):
 def test_training_is_reproducible_and_learns(bare, tmp_path, monkeypatch, capsys):
     _, arch, encoder = bare
     monkeypatch.setattr(train, "EXAMINED", 2)
-    first, second = (train.train(arch, encoder, options(), tmp_path / f"{n}.jsonl").parameters for n in (1, 2))
+    saved = []
+
+    def run(given, log):
+        return train.train(arch, encoder, given, log, train.Company(), saved.append).parameters
+
+    first, second = (run(options(), tmp_path / f"{n}.jsonl") for n in (1, 2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     entries = [json.loads(line) for line in (tmp_path / "1.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [0, 3, 6] and entries[2]["loss"] < entries[1]["loss"]
     assert all(abs(sum(layer) - 1) < 0.01 for layer in entries[2]["routing"])
-    other = train.train(arch, encoder, options(seed=1), tmp_path / "3.jsonl").parameters
+    other = run(options(seed=1), tmp_path / "3.jsonl")
     assert not torch.equal(first["language_model.lm_head.weight"], other["language_model.lm_head.weight"])
+    assert len(saved) == 9 and saved[2] is first
     capsys.readouterr()
 
 

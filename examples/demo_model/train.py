@@ -3,6 +3,7 @@
 
   python examples/demo_model/train.py OUT                    from nothing to a checkpoint folder
   python examples/demo_model/train.py OUT --steps 500        a quick look
+  python examples/demo_model/train.py OUT --polish OTHER     carry on with OTHER's weights
   python examples/demo_model/train.py OUT --arch maverick    dense layers between the MoE layers, no QK norm
 
 Training text and pictures are drawn while it runs, from everything that is not held out. The same options give the same
@@ -30,6 +31,7 @@ if str(ROOT) not in sys.path:  # run by its path, a script sees only its own fol
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from batch.tokenizer import Tokenizer  # noqa: E402
 from converters.arch_io import arch_from_config  # noqa: E402
@@ -50,15 +52,7 @@ from l4tool.core.prompt import NUM_SPECIAL, special_ids  # noqa: E402
 VOCAB_SIZE = 896 + NUM_SPECIAL
 TASKS: tuple[Task, ...] = (*TEXT_TASKS, *PICTURE_TASKS)
 LONGEST_AT = 0.3  # of the training: until then texts and pictures hold fewer things
-CARD = """\
----
-license: apache-2.0
----
-
-# A small model in the architecture of Llama 4
-
-Trained by examples/demo_model/train.py from random weights. Not derived from Llama.
-"""
+CARD = Path(__file__).with_name("card.md")
 STEPS = 7000
 EXAMINED = 50  # held-out questions of each task, now and then while it trains
 
@@ -155,7 +149,10 @@ def train(
     """The whole training; for each examination a line of `log`, and what is learnt is saved. `arguments.batch` is for
     each process."""
     rng = random.Random(f"{arguments.seed} {company.rank}")
-    network = Network(arch, new_parameters(arch, encoder.tokenizer, arguments.seed))
+    if arguments.polish:
+        network = Network(arch, read_parameters(arguments.polish))
+    else:
+        network = Network(arch, new_parameters(arch, encoder.tokenizer, arguments.seed))
     words = sorted({"", *SHAPES, *PAINTS, *"0123456789"})
     eyes = Seen(arch, words, arguments.seed)
     trained = network.parameters | {"embedding of what is seen": eyes.heads}
@@ -164,10 +161,12 @@ def train(
     assert pad is not None
     error = [1.0] * len(TASKS)  # share of training conversations answered wrongly, of late
     began_s, losses = time.monotonic(), []
+    before = json.loads(log.read_text().splitlines()[-1]) if arguments.polish else {"step": 0, "minutes": 0}
     routed = torch.zeros(len(arch.text.moe_layers), arch.text.num_experts)
     for step in range(arguments.steps + 1):
         progress = step / arguments.steps
-        if step % arguments.every == 0 or progress == 1:
+        is_last = step in (arguments.steps, arguments.until)
+        if step % arguments.every == 0 or is_last:
             mine = {task.__name__: right_share(network, encoder, task, EXAMINED, pad)
                     for task in TASKS[company.rank :: company.size]}  # fmt: skip
             everyone = company.gather((mine, routed))
@@ -175,22 +174,27 @@ def train(
                 found = {name: share for part, _ in everyone for name, share in part.items()}
                 shares = {task.__name__: found[task.__name__] for task in TASKS}
                 all_routed = torch.stack([part for _, part in everyone]).sum(0)
-                note(log, step, time.monotonic() - began_s, losses, shares, all_routed)
+                note(log, before, step, time.monotonic() - began_s, losses, shares, all_routed)
                 save(network.parameters)
             losses = []
             routed.zero_()
-        if progress == 1:
+        if is_last:
             break
-        draw = Draw(rng, held_out=False, growth=min(1.0, progress / LONGEST_AT))
+        growth = 1.0 if arguments.polish else min(1.0, progress / LONGEST_AT)
+        draw = Draw(rng, held_out=False, growth=growth)
         chosen = rng.choices(range(len(TASKS)), [0.1 + share for share in error], k=arguments.batch)
         made = sorted(((task, encoder.encode(TASKS[task](draw))) for task in chosen), key=lambda pair: len(pair[1].ids))
-        answers = sum(sum(e.answer) for _, e in made)
+        weights = [1.0] * len(made)  # all answers' tokens count the same: long answers teach to copy
+        if arguments.polish:  # a conversation counts by what is wrong with its task, however short its answers are
+            weights = [(0.1 + error[task]) / sum(e.answer) for task, e in made]
+        whole = sum(weight * sum(e.answer) for weight, (_, e) in zip(weights, made, strict=True))
         total = 0.0
         for first in range(0, len(made), arguments.group):  # of about the same length: little padding
             group = made[first : first + arguments.group]
             batch = collate([e for _, e in group], pad)
             logits, other = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)
-            loss = F.cross_entropy(logits, batch.targets, reduction="sum") / answers
+            each = torch.tensor(weights[first : first + arguments.group])[batch.owner]
+            loss = (F.cross_entropy(logits, batch.targets, reduction="none") * each).sum() / whole
             share = len(group) / len(made)
             extra = 0.01 * share * other.loss
             if other.features is not None:
@@ -208,23 +212,31 @@ def train(
 
 
 def note(
-    log: Path, step: int, elapsed_s: float, losses: list[float], shares: dict[str, float], routed: torch.Tensor
-) -> None:
-    """A line of the log, and the same on the screen."""
+    log: Path, before: dict[str, Any], step: int, elapsed_s: float, losses: list[float], shares: dict[str, float],
+    routed: torch.Tensor,
+) -> None:  # fmt: skip
+    """A line of the log, and the same on the screen; `before`: the last line of the training that this one polishes."""
     entry = {
-        "step": step, "minutes": round(elapsed_s / 60, 2), "loss": round(sum(losses) / max(1, len(losses)), 4),
+        "step": before["step"] + step, "minutes": round(before["minutes"] + elapsed_s / 60, 2),
+        "loss": round(sum(losses) / max(1, len(losses)), 4),
         "right": {name: round(share, 3) for name, share in shares.items()},
         "routing": [[round(share, 3) for share in layer] for layer in (routed / routed.sum(1, keepdim=True)).tolist()],
     }  # fmt: skip
     with log.open("a") as file:
         file.write(json.dumps(entry) + "\n")
     right = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    print(f"step {step}, {entry['minutes']} min, loss {entry['loss']}: {right}", flush=True)
+    print(f"step {entry['step']}, {entry['minutes']} min, loss {entry['loss']}: {right}", flush=True)
 
 
 def schedule(progress: float) -> float:
     """Constant for the first 30 %, then down to 2 % along a line."""
     return min(1.0, 0.02 + 0.98 * (1 - progress) / 0.7)
+
+
+def read_parameters(folder: Path) -> Parameters:
+    """What `write_checkpoint` wrote, in float32, to be trained further."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: tensor.float().requires_grad_() for file in files for name, tensor in file.items()}
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], parameters: Parameters) -> None:
@@ -243,7 +255,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], parameters: Parameter
 
 def write_side_files(folder: Path, config: dict[str, Any], seed: int) -> None:
     arch = arch_from_config(config, "the demo model's config")
-    write_file(folder / "README.md", CARD)
+    write_file(folder / "README.md", CARD.read_bytes())
     write_file(folder / "tokenizer.json", train_tokenizer(arch.text.vocab_size, corpus(seed)))
     for name, content in small_files(arch).items():
         if name == "generation_config.json":  # one right answer: greedy
@@ -271,6 +283,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--arch", choices=["scout", "maverick"], default="scout")
     parser.add_argument("--steps", type=int, default=STEPS, help="how many updates")
+    parser.add_argument("--until", type=int, help="stop after so many of them")
+    parser.add_argument("--polish", type=Path, metavar="CHECKPOINT", help="carry on with the weights of this one: all "
+                        "tasks at full length, and what is answered wrongly counts more")  # fmt: skip
     parser.add_argument("--processes", type=int, default=2, help="each on one core, with a batch of its own")
     parser.add_argument("--batch", type=int, default=32, help="conversations of one process in one update")
     parser.add_argument("--group", type=int, default=16, help="of which so many are computed together")
@@ -281,7 +296,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_side_files(arguments.out, model_config(arguments.arch), arguments.seed)
-    (arguments.out / "training.jsonl").unlink(missing_ok=True)
+    log = (arguments.polish / "training.jsonl").read_bytes() if arguments.polish else b""
+    (arguments.out / "training.jsonl").write_bytes(log)
     with tempfile.TemporaryDirectory() as folder:
         start = (arguments.processes, arguments, f"{folder}/meeting")
         if arguments.processes == 1:

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_network_equals_transformers_gradients_too(bare, kind, tmp_path):
 
 def options(**changed):
     plain = {"seed": 0, "steps": 6, "batch": 8, "group": 4, "every": 3, "adam_rate": 3e-3,
-             "muon_rate": 2e-2}  # fmt: skip
+             "muon_rate": 2e-2, "until": None, "polish": None}  # fmt: skip
     return argparse.Namespace(**plain | changed)
 
 
@@ -197,6 +198,21 @@ def test_training_is_reproducible_and_learns(bare, tmp_path, monkeypatch, capsys
     other = run(options(seed=1), tmp_path / "3.jsonl")
     assert not torch.equal(first["language_model.lm_head.weight"], other["language_model.lm_head.weight"])
     assert len(saved) == 9 and saved[2] is first
+    capsys.readouterr()
+
+
+def test_a_training_is_stopped_and_polished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "EXAMINED", 2)
+    first, second = tmp_path / "first", tmp_path / "second"
+    sizes = ["--processes", "1", "--batch", "4", "--group", "4"]
+    for options in ([first, "--steps", "9", "--until", "2"], [second, "--polish", first, "--steps", "2"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), *sizes])
+        train.main()
+    entries = [json.loads(line) for line in (second / "training.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [0, 2, 2, 4]
+    assert entries[:2] == [json.loads(line) for line in (first / "training.jsonl").read_text().splitlines()]
+    before, after = (train.read_parameters(path)["language_model.lm_head.weight"] for path in (first, second))
+    assert 0 < float((after - before).detach().norm()) < 0.5 * float(before.detach().norm())
     capsys.readouterr()
 
 

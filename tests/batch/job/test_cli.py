@@ -47,7 +47,7 @@ def test_the_examples_run(tmp_path, scout_tiny):
     arguments = [EXAMPLES / "requests.jsonl", out, "--model", scout_tiny, "--max-tokens", 4, "--summary", summary]
     done = l4tool("batch", *arguments)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^answered +9$", done.stderr, re.MULTILINE) and not done.stdout
+    assert re.search(r"^answered +10$", done.stderr, re.MULTILINE) and not done.stdout
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     wanted = [json.loads(line) for line in (EXAMPLES / "requests.jsonl").read_text().splitlines()]
 
@@ -56,9 +56,9 @@ def test_the_examples_run(tmp_path, scout_tiny):
 
     assert sorted(map(name, lines)) == sorted(map(name, wanted)) and not any(line.get("error") for line in lines)
     found = json.loads(summary.read_text())
-    assert found["ok"] == 9 and found["images"] == 5 and found["engine"]["steps"] > 0
+    assert found["ok"] == 10 and found["images"] == 5 and found["engine"]["steps"] > 0
     again = l4tool("batch", *arguments)
-    assert again.returncode == 0 and "nothing to do: all 9 lines" in again.stderr
+    assert again.returncode == 0 and "nothing to do: all 10 lines" in again.stderr
     other = l4tool("batch", *arguments, "--temperature", 0.5)
     assert other.returncode == 73 and "temperature was" in other.stderr and "--force" in other.stderr
     assert out.read_text().splitlines() == [json.dumps(x, ensure_ascii=False, separators=(",", ":")) for x in lines]

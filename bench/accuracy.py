@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""What quantizing costs in right answers: the demo model in every scheme, on held-out questions, against bfloat16.
+
+  python bench/accuracy.py                          the shipped demo model
+  python bench/accuracy.py --model DIR --data FILE.jsonl --json figures.json
+
+Each scheme is `l4tool quantize`, then `l4tool eval --against` the source: the tool as a user runs it. `±` is the
+standard error of the share of right answers. KL(bfloat16 ‖ quantized) is over the answers' tokens, in nats a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from l4tool.core.console import table  # noqa: E402
+
+SCHEMES: dict[str, list[str]] = {
+    "FP8": ["--fp8"],
+    "INT4 absmax": ["--int4", "--scale", "absmax"],
+    "INT4 MSE": ["--int4"],
+    "INT4 HQQ": ["--int4", "--scale", "hqq"],
+    "mixed": ["--mixed"],
+    "mixed, FP8 attention": ["--mixed", "--attention", "fp8"],
+}
+
+
+def l4tool(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "l4tool.main", *map(str, arguments), "--quiet"], check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+
+
+def evaluate(model: Path, source: Path, data: Path, folder: Path) -> dict[str, Any]:
+    """The figures of `l4tool eval`."""
+    out = folder / "figures.json"
+    l4tool("eval", model, "--data", data, "--against", source, "--json", out)
+    return json.loads(out.read_text())
+
+
+def size(folder: Path) -> int:
+    """Bytes of weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model" / "notllama-3m")
+    parser.add_argument("--data", type=Path, nargs="+", help="lines with answers; else held-out questions")
+    parser.add_argument("--per-task", type=int, default=500, help="held-out questions of each task")
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        data = arguments.data
+        if not data:
+            maker = ROOT / "examples" / "demo_model" / "held_out.py"
+            subprocess.run([sys.executable, maker, work, "--per-task", str(arguments.per_task)], check=True)
+            data = [work / "text.jsonl", work / "pictures.jsonl"]
+        rows, figures = [], {}
+        for scheme, options in {"bfloat16": [], **SCHEMES}.items():
+            model = arguments.model
+            if options:
+                model = work / "quantized"
+                l4tool("quantize", arguments.model, "-o", model, *options, "--force")
+            row = [scheme, f"{size(model) / 1e6:.2f}"]
+            for path in data:
+                found = evaluate(model, arguments.model, path, work)
+                figures[f"{scheme}, {path.stem}"] = found
+                every = found["all"]
+                share, number = every["exact_match"], every["answers"]
+                error = math.sqrt(share * (1 - share) / number)
+                row += [f"{share:.2%} ± {error:.2%}", f"{every['perplexity']:.4f}", f"{every['kl_mean']:.6f}"]
+            rows.append(row)
+            print(*row, flush=True)
+    heads = [f"{path.stem}: {what}" for path in data for what in ("right", "perplexity", "KL")]
+    print(table(rows, ["scheme", "MB", *heads]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from batch.kernels.triton_banks import INT4, Bank
+from batch.kernels.triton_banks import FP8, INT4, Bank
 from batch.kernels.triton_rows import Prepared, Tiles, dispatch, one_expert, prepare
 from batch.kernels.triton_support import MULTIPROCESSORS, ceil_div, dot, is_wide
 
@@ -185,14 +185,14 @@ def _product(
 # full width would not fit the registers.
 SHAPES = {16: (64, 4, 5), 32: (64, 4, 4), 64: (128, 8, 4), 128: (128, 8, 3)}
 GATED_SHAPES = {16: (64, 4, 4), 32: (64, 4, 4), 64: (64, 8, 4), 128: (128, 8, 3)}
-GATED_INT4_SHAPES = GATED_SHAPES | {128: (64, 8, 3)}
+GATED_DECODED_SHAPES = GATED_SHAPES | {128: (64, 8, 3)}
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def splits_for(programs: int, steps: int) -> int:
     """How many programs share the k of one tile, so that few tiles still fill the device."""
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * programs <= 2 * MULTIPROCESSORS and 8 * splits <= steps:
+    while splits < MOST_SPLITS and 2 * splits * programs <= 4 * MULTIPROCESSORS and 8 * splits <= steps:
         splits *= 2
     return splits
 
@@ -201,7 +201,7 @@ def product(x: Prepared, bank: Bank, tiles: Tiles, order: torch.Tensor | None = 
     """Each row times its expert's weightᵀ → [R, N]; of gated weights silu(gate) · up. order int32 [R]: row i of the
     result goes to order[i]."""
     num_rows, form, table = x.rows.shape[0], bank.form, bank.table
-    shapes = SHAPES if not bank.gated else GATED_INT4_SHAPES if form.kind == INT4 else GATED_SHAPES
+    shapes = SHAPES if not bank.gated else GATED_DECODED_SHAPES if form.kind in (INT4, FP8) else GATED_SHAPES
     columns, warps, stages = shapes[tiles.rows]
     programs = tiles.count * ceil_div(form.out_features, columns)
     splits = 1 if bank.gated else splits_for(programs, ceil_div(form.in_features, form.group_size))

@@ -99,7 +99,7 @@ def test_k_is_shared_where_tiles_are_few(device):
     assert error(triton_experts.linear(x, Bank.of([one], False)), reference.linear(x, one)) < 2e-5
 
 
-@pytest.mark.parametrize("splits, programs, steps", [(8, 1, 64), (2, 1, 8), (1, 1, 7), (1, 500, 64), (2, 100, 64)])
+@pytest.mark.parametrize("splits, programs, steps", [(8, 1, 64), (2, 1, 8), (1, 1, 7), (1, 500, 64), (4, 100, 64)])
 def test_splits(splits, programs, steps):
     assert triton_experts.splits_for(programs, steps) == splits
 

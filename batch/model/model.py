@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -139,6 +140,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (where.index or 0) >= count:
         raise DeviceError(f"device {where} is not available: torch sees {count} CUDA devices", hint="use --device cpu")
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError(f"device {where} needs Triton, which is not installed", hint="pip install 'l4tool[cuda]'")
     return where
 
 

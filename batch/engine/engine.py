@@ -144,7 +144,7 @@ class Engine:
 
     def close(self) -> None:
         """Drop the KV cache and the image features."""
-        self.runner.kv = None
+        self.runner.close()
         self.features.clear()
 
     # -- one step
@@ -287,7 +287,7 @@ class Engine:
             return False
         while self.scheduler.running:
             self.scheduler.preempt(self.scheduler.youngest)
-        self.runner.kv = None  # the old cache goes before the new one comes
+        self.runner.close()  # the old cache goes before the new one comes
         self._longest = longest
         self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)
         self.scheduler.blocks = self.blocks

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
+from batch.engine.graphs import Capturer, DecodeGraphs, can_capture
 from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.head import LogitRows
@@ -37,23 +38,31 @@ class Runner:
         self.model = model
         self.blocks = blocks
         self.features = features
-        self._on_cpu = model.device.type == "cpu"
         self.kv: KVCache | None = model.allocate_kv(
             blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
         )
+        self.graphs: DecodeGraphs | None = None
+        if model.device.type == "cuda" and can_capture(model, self.kv):
+            self.graphs = DecodeGraphs(model, self.kv, blocks, Capturer())
+
+    def close(self) -> None:
+        """Drop the cache, and the graphs that write to it."""
+        self.kv = self.graphs = None
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits float32 [N, V] of the pieces that want them."""
         assert self.kv is not None, "the engine is closed"
-        return self.model.forward(step, self.kv)
+        if self.graphs is not None and self.graphs.takes(step):
+            return self.graphs.rows(step).logits()
+        return self.model.forward(step.to(self.model.device), self.kv)
 
     def rows(self, step: StepInput) -> LogitRows:
         """The same rows before the head."""
         assert self.kv is not None, "the engine is closed"
-        return self.model.rows(step, self.kv)
+        return self.model.rows(step.to(self.model.device), self.kv)
 
     def build(self, plan: list[Piece]) -> StepInput:
-        """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
+        """StepInput of a plan, on the CPU but for image features. Raises ImageEncodingError naming the sequence."""
         tokens: list[int] = []
         for p in plan:
             tokens += p.sequence.tokens[p.start : p.end]
@@ -70,13 +79,13 @@ class Runner:
         wanted = [np.arange(p.logits_from, p.end) + shift for p, shift in zip(plan, shifts, strict=True)]
 
         return StepInput(
-            token_ids=self._tensor(np.array(tokens, np.int64)),
-            positions=self._tensor(positions),
-            query_start=self._tensor(query_start.astype(np.int32)),
-            context_len=self._tensor(ends.astype(np.int32)),
+            token_ids=torch.from_numpy(np.array(tokens, np.int64)),
+            positions=torch.from_numpy(positions),
+            query_start=torch.from_numpy(query_start.astype(np.int32)),
+            context_len=torch.from_numpy(ends.astype(np.int32)),
             full=self._kind([h.full for h in held], np.zeros_like(chunk_start), positions, owner),
             chunked=self._kind([h.chunked for h in held], chunk_start, positions, owner),
-            logits_rows=self._tensor(np.concatenate(wanted)),
+            logits_rows=torch.from_numpy(np.concatenate(wanted)),
             max_query_len=int(lengths.max()),
             max_context_len=int(ends.max()),
             image_rows=image_rows,
@@ -93,14 +102,10 @@ class Runner:
             row[: blocks.length] = blocks.ids
         block, within = np.divmod(positions - kv_start[owner], size)  # [T], within the cached part
         return PagedKind(
-            block_table=self._tensor(table),
-            kv_start=self._tensor(kv_start.astype(np.int32)),
-            slots=self._tensor(table[owner, block].astype(np.int64) * size + within),
+            block_table=torch.from_numpy(table),
+            kv_start=torch.from_numpy(kv_start.astype(np.int32)),
+            slots=torch.from_numpy(table[owner, block].astype(np.int64) * size + within),
         )
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_cpu else tensor.to(self.model.device)
 
     def _images(self, plan: list[Piece], query_start: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """image_rows int64 [P] and image_features [P, H] of the step, or None twice."""
@@ -125,7 +130,7 @@ class Runner:
             features += pieces
         if not features:
             return None, None
-        return torch.from_numpy(np.concatenate(rows)).to(self.model.device), torch.cat(features)
+        return torch.from_numpy(np.concatenate(rows)), torch.cat(features)
 
     def _together(self, images: list[ImageTiles]) -> Encode:
         """Encode all pictures that a step lacks at once, whoever asked for them; the result looks them up. Where that

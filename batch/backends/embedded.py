@@ -13,7 +13,8 @@ import torch
 
 from batch.backends.base import RequestSource
 from batch.backends.loading import load_streamed, load_whole
-from batch.backends.memory import default_kv_bytes
+from batch.backends.memory import default_kv_bytes, free_device_bytes
+from batch.backends.profiling import DeviceMeter, worst_step_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
 from batch.backends.warm_up import warm_up
 from batch.engine.engine import Engine, EngineConfig
@@ -24,7 +25,9 @@ from batch.model.model import Model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from converters.reader import Reader
+from l4tool.core.console import note
 from l4tool.core.errors import UsageError
+from l4tool.core.sizes import format_bytes
 from quant.memory import (
     CPU_BLOCK,
     DEFAULT_MAX_BATCH_TOKENS,
@@ -261,8 +264,22 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
             f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",
             hint=f"use a block size of {largest_block(text)}",
         )
+    max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
     kv_bytes = options.kv_memory_bytes
     if kv_bytes is None:
-        kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
-    max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
+        step = _step_bytes(model, max_batch_tokens, max_seqs, block_size)
+        kv_bytes = default_kv_bytes(model.device, step) // options.memory_share
     return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)
+
+
+def _step_bytes(model: Model, max_batch_tokens: int, max_seqs: int, block_size: int) -> int:
+    """What a step may take: the bound that `plan` computes with, or more where a device is seen to need more."""
+    bound = step_bytes(model.arch.text, max_batch_tokens)
+    if model.device.type != "cuda":
+        return bound
+    room_bytes, meter = free_device_bytes(model.device) // 2, DeviceMeter(model.device)
+    seen = worst_step_bytes(model, max_batch_tokens, max_seqs, block_size, room_bytes, meter)
+    torch.cuda.empty_cache()
+    if seen > bound:
+        note(f"a step takes {format_bytes(seen)} on {model.device}, not {format_bytes(bound)}: the KV cache is smaller")
+    return max(bound, seen)

@@ -55,7 +55,7 @@ def moe(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.moe`."""
     shared = mlp(x, shared_gate_up, shared_down)
-    banks = _moe_banks(experts)
+    banks = moe_banks(experts)
     if banks is None:
         expert, score = reference.route(x, router)
         return shared, reference.routed_experts(x, expert, score, experts)
@@ -67,7 +67,7 @@ def captures(experts: list[Experts], cache: LayerCache, dtype: torch.dtype) -> b
     device, and no launch depends on lengths."""
     q = torch.empty((1, 1, cache.head_dim), dtype=dtype, device="meta")
     fits = triton_attention.fits(q, cache) and triton_fused.fits(q, cache)
-    return fits and all(_moe_banks(layer) is not None for layer in experts)
+    return fits and all(moe_banks(layer) is not None for layer in experts)
 
 
 def _bank(weight: Linear, gated: bool) -> Bank | None:
@@ -78,7 +78,7 @@ def _bank(weight: Linear, gated: bool) -> Bank | None:
     return bank
 
 
-def _moe_banks(experts: Experts) -> tuple[Bank, Bank] | None:
+def moe_banks(experts: Experts) -> tuple[Bank, Bank] | None:
     """The Banks of a layer's experts, made once; None where the kernels do not know them."""
     if "banks" not in experts.derived:
         gate_up, down = Bank.of(experts.gate_up, gated=True), Bank.of(experts.down, gated=False)

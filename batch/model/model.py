@@ -11,10 +11,11 @@ from batch.model import kv as paged
 from batch.model.head import LogitRows
 from batch.model.inputs import StepInput
 from batch.model.kv import KVCache
+from batch.model.loading import load_weights
 from batch.model.stream import StreamedText, VisionOnDemand
 from batch.model.text import TextModel
-from batch.model.vision import VisionModel, load_vision
-from batch.model.weights import Loader, load_text, nbytes_of
+from batch.model.vision import VisionModel
+from batch.model.weights import nbytes_of
 from batch.requests import ImageTiles
 from converters.disk import WeightFiles
 from converters.reader import Reader
@@ -98,12 +99,11 @@ def load_model(
     """Load every weight of a checkpoint. dtype None: the checkpoint's own. activations "int8": inputs of INT4 weights
     are quantized before each product. Raises DeviceError, UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
-    loader = Loader(reader, where, kind, activations)
     try:
         with torch.inference_mode():
-            text = TextModel(reader.arch.text, load_text(loader, reader.arch.text))
-            tower = reader.arch.vision
-            vision = VisionModel(tower, load_vision(loader, tower)) if tower is not None else None
+            weights, tower = load_weights(reader, where, kind, activations)
+            text = TextModel(reader.arch.text, weights)
+            vision = None if tower is None or reader.arch.vision is None else VisionModel(reader.arch.vision, tower)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{reader.path} does not fit on {where}: {error}", hint="quantize it first: l4tool quantize --int4"

@@ -9,7 +9,7 @@ the host's but the mapped pages of one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from batch.kernels.linears import (
     PanelInt4Linear,
     PanelLinear,
 )
+from batch.model.upload import Upload
 from converters.quant_config import LinearFormat
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
@@ -95,6 +96,9 @@ class Loader:
         self.reader, self.device, self.dtype = reader, device, dtype
         self.packer = ops.packer(device, dtype)
         self.joins_parts = ops.joins_parts(device)
+        self._copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+        if self.joins_parts and device.type != "meta":
+            self._copy = Upload(device).copy
         self.int8_activations = activations == "int8"
         if self.int8_activations:
             self._require_int8()
@@ -114,7 +118,7 @@ class Loader:
         """A private, contiguous copy; the file's pages are released."""
         source = self.reader.read(name)
         copy = torch.empty(source.shape, dtype=self.dtype, device=self.device)
-        copy.copy_(source)
+        self._copy(copy, source)
         self.reader.release(name)
         return copy
 
@@ -220,8 +224,8 @@ class Loader:
         first = 0
         for prefix, count in zip(prefixes, rows, strict=True):
             part = slice(first, first + count)
-            values[part].copy_(self.reader.read(f"{prefix}.{suffix}"))
-            scale[part].copy_(self.reader.read(f"{prefix}.weight_scale").reshape(-1, groups))
+            self._copy(values[part], self.reader.read(f"{prefix}.{suffix}"))
+            self._copy(scale[part], self.reader.read(f"{prefix}.weight_scale").reshape(-1, groups))
             self.reader.release(f"{prefix}.{suffix}")
             first += count
         if form.kind == "int4":
@@ -233,7 +237,7 @@ class Loader:
         row = 0
         for prefix in prefixes:
             source = self.reader.read(f"{prefix}.weight")
-            joined[row : row + source.shape[0]].copy_(source)
+            self._copy(joined[row : row + source.shape[0]], source)
             row += source.shape[0]
         for prefix in prefixes:
             self.reader.release(f"{prefix}.weight")

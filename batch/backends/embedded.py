@@ -269,7 +269,10 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
     if kv_bytes is None:
         step = _step_bytes(model, max_batch_tokens, max_seqs, block_size)
         kv_bytes = default_kv_bytes(model.device, step) // options.memory_share
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)
+    return EngineConfig(
+        max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone,
+        overlap=model.device.type == "cuda",
+    )  # fmt: skip
 
 
 def _step_bytes(model: Model, max_batch_tokens: int, max_seqs: int, block_size: int) -> int:

@@ -61,17 +61,20 @@ class Runner:
         assert self.kv is not None, "the engine is closed"
         return self.model.rows(step.to(self.model.device), self.kv)
 
-    def build(self, plan: list[Piece]) -> StepInput:
-        """StepInput of a plan, on the CPU but for image features. Raises ImageEncodingError naming the sequence."""
-        tokens: list[int] = []
-        for p in plan:
-            tokens += p.sequence.tokens[p.start : p.end]
+    def build(self, plan: list[Piece], token_ids: torch.Tensor | None = None) -> StepInput:
+        """StepInput of a plan, on the CPU but for image features, and for `token_ids` int64 [T] where the host does not
+        know them yet. Raises ImageEncodingError naming the sequence."""
+        if token_ids is None:
+            tokens: list[int] = []
+            for p in plan:
+                tokens += p.sequence.tokens[p.start : p.end]
+            token_ids = torch.from_numpy(np.array(tokens, np.int64))
         starts, ends = np.array([(p.start, p.end) for p in plan]).T  # [S] each
         lengths = ends - starts
         query_start = np.zeros(len(plan) + 1, np.int64)
         np.cumsum(lengths, out=query_start[1:])
         owner = np.repeat(np.arange(len(plan)), lengths)  # [T], which piece a token belongs to
-        positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
+        positions = np.arange(len(owner)) + (starts - query_start[:-1])[owner]
         held = [p.sequence.held for p in plan]
         chunk_start = np.array([h.chunk_start for h in held])
         image_rows, image_features = self._images(plan, query_start)
@@ -79,7 +82,7 @@ class Runner:
         wanted = [np.arange(p.logits_from, p.end) + shift for p, shift in zip(plan, shifts, strict=True)]
 
         return StepInput(
-            token_ids=torch.from_numpy(np.array(tokens, np.int64)),
+            token_ids=token_ids,
             positions=torch.from_numpy(positions),
             query_start=torch.from_numpy(query_start.astype(np.int32)),
             context_len=torch.from_numpy(ends.astype(np.int32)),

@@ -57,8 +57,8 @@ class StepInput:
     image_features: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> StepInput:
-        """The same step on a device; itself where it is there."""
-        if self.token_ids.device == device:
+        """The same step on a device; itself where it is there. Tokens drawn on the device are there before the rest."""
+        if self.positions.device == device:
             return self
         return replace(_moved(self, device), full=_moved(self.full, device), chunked=_moved(self.chunked, device))
 

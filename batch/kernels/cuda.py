@@ -4,6 +4,9 @@ linears, else the reference. Nothing here waits for the device, but for what `ca
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +15,8 @@ from batch.kernels.linears import DenseLinear, Experts, FusedLinear, Linear
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.triton_banks import Bank
 from batch.kernels.triton_rows import MAX_EXPERTS
+
+BESIDE_ROWS = 1024  # tokens of a step up to which the experts' weights take longer to read than to compute with
 
 runs_on = triton_support.runs_on
 add_rms_norm = triton_fused.add_rms_norm
@@ -53,13 +58,37 @@ def mlp(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
 def moe(
     x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.moe`."""
-    shared = mlp(x, shared_gate_up, shared_down)
+    """As `reference.moe`; in small steps the shared expert, which computes, runs beside the routed ones, which read."""
+    with _beside(x):
+        shared = mlp(x, shared_gate_up, shared_down)
     banks = moe_banks(experts)
     if banks is None:
         expert, score = reference.route(x, router)
-        return shared, reference.routed_experts(x, expert, score, experts)
-    return shared, triton_experts.routed_experts(x, linear(x, router), *banks)
+        routed = reference.routed_experts(x, expert, score, experts)
+    else:
+        routed = triton_experts.routed_experts(x, linear(x, router), *banks)
+    _join(x)
+    return shared, routed
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _beside(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """What is launched in it need not come before what follows, up to `_join`. Memory is safe without further marks:
+    whatever runs on the side waits for all that was launched before, the last readers of what it allocated included."""
+    if not x.is_cuda or x.shape[0] > BESIDE_ROWS:
+        return contextlib.nullcontext()
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    return torch.cuda.stream(side)
+
+
+def _join(x: torch.Tensor) -> None:
+    if x.is_cuda and x.shape[0] <= BESIDE_ROWS:
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
 
 def captures(experts: list[Experts], cache: LayerCache, dtype: torch.dtype) -> bool:

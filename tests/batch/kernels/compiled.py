@@ -19,6 +19,7 @@ from batch.kernels import triton_attention, triton_experts, triton_fused
 from batch.kernels.linears import DenseLinear, Fp8Linear, FusedLinear, Int4Linear
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.triton_banks import Bank
+from quant.kernels import triton_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM = 5120, 8192, 40, 8, 128  # Scout's
 launch = JITFunction.run
@@ -103,8 +104,16 @@ def fused():
     triton_fused.store_qkv(qkv, HEADS, cache, slots, None, None, empty(3, dtype=torch.float32))
 
 
+def quantize():
+    for dtype in (torch.bfloat16, torch.float32):
+        for weight in (empty(INNER, HIDDEN, dtype=dtype), empty(HIDDEN, INNER, dtype=dtype).T):
+            triton_quantize.fp8(weight)
+            for method in ("mse", "absmax"):
+                triton_quantize.int4(weight, 128, method)
+
+
 if __name__ == "__main__":
     driver.set_active(Target())
     JITFunction.run = compile_only
     for part in sys.argv[1:]:
-        {"experts": experts, "attention": attention, "fused": fused}[part]()
+        {"experts": experts, "attention": attention, "fused": fused, "quantize": quantize}[part]()

@@ -17,6 +17,7 @@ MOST_STACK_BYTES = 32  # more would be registers that are spilled in inner loops
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("part, tensor_core", [
     ("experts", {"_product": {"wgmma"}}), ("attention", {"_prefill": {"wgmma"}, "_decode": {"mma"}}), ("fused", {}),
+    ("quantize", {}),
 ])  # fmt: skip
 def test_kernels_compile(part, tensor_core, tmp_path):
     pytest.importorskip("triton")

@@ -46,7 +46,8 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
+    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_dtype` "fp8": what the
+    cache holds on a CUDA device. `kv_memory_bytes` is the KV
     cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
     `first_alone`: see `Scheduler`. `stream_weights`: layers are read from disk while it runs, in a process that takes
     `memory_bytes` at most."""
@@ -54,6 +55,7 @@ class EmbeddedOptions:
     device: str = "cpu"
     dtype: str | None = None
     activations: str = "auto"
+    kv_dtype: str = "auto"
     prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
@@ -243,8 +245,11 @@ def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]
     """The model as the options want it, and what its engine may use. Raises UsageError, DeviceError, CheckpointError,
     InputMissing."""
     if not options.stream_weights:
-        model = load_whole(reader, options.device, options.dtype, options.activations, options.memory_share)
+        kinds = (options.device, options.dtype, options.activations)
+        model = load_whole(reader, *kinds, options.memory_share, options.kv_dtype)
         return model, engine_config(model, options)
+    if options.kv_dtype != "auto":
+        raise UsageError(f"--kv-dtype {options.kv_dtype} needs a CUDA device", hint="leave out --weights stream")
     asked = (options.memory_bytes, options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
     model, room = load_streamed(reader, options.device, options.dtype, options.activations, *asked)
     filled = replace(

@@ -47,7 +47,7 @@ def worst_step_bytes(
     Raises DeviceError where nothing fits."""
     length = max(max_batch_tokens // max_seqs, 1)
     blocks = max_seqs * (ceil_div(length + 1, block_size) + 1)
-    needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.dtype.itemsize)
+    needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.kv_dtype.itemsize)
     config = EngineConfig(max_batch_tokens, max_seqs, min(needed, room_bytes), block_size, prefix_cache=False)
     engine = Engine(model, config, eos_token_ids=())
     meter.start()

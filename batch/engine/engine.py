@@ -323,7 +323,7 @@ class Engine:
 
     def _split(self, at_least: BlockNeed) -> BlockNeed | None:
         text, config = self.model.arch.text, self.config
-        return pools(text, config.kv_bytes, config.block_size, self.model.dtype.itemsize, config.max_seqs, at_least)
+        return pools(text, config.kv_bytes, config.block_size, self.model.kv_dtype.itemsize, config.max_seqs, at_least)
 
     def _rebalance(self, need: BlockNeed) -> bool:
         """Divide the KV memory anew so that a longer request than any before fits; running ones are recomputed."""

@@ -105,15 +105,15 @@ def packs_cache(device: torch.device, dtype: torch.dtype, block_size: int, head_
     return bool(_cpu().packs_cache(dtype, block_size, head_dim))
 
 
-def joins_parts(device: torch.device) -> bool:
-    """Whether quantized linears over the same input are to lie in one tensor, as the kernels read them together; a CPU
-    reads them where they are mapped."""
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether tensors there go through cuda.py, whose kernels want linears over the same input in one tensor, while a
+    CPU reads them where they are mapped."""
     return device.type == "cuda" or _only == "cuda"
 
 
 def captures(experts: list[Experts], cache: LayerCache, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether decoding steps of a model with these layers can be captured in CUDA graphs."""
-    return joins_parts(device) and _only != "reference" and bool(_cuda().captures(experts, cache, dtype))
+    return has_cuda_kernels(device) and _only != "reference" and bool(_cuda().captures(experts, cache, dtype))
 
 
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:

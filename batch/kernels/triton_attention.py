@@ -39,7 +39,7 @@ def _attend(
         there = place < end
         block = tl.load(blocks + place // B, mask=there, other=0).to(tl.int64)
         where = ((block * B + place % B) * kv_heads + kv_head) * D
-        keys = tl.load(k + where[None, :] + d[:, None], mask=there[None, :], other=0.0)  # [D, KEYS]
+        keys = tl.load(k + where[None, :] + d[:, None], mask=there[None, :], other=0.0).to(q.dtype)  # [D, KEYS]
         scores = dot(q, keys, tl.zeros((ROWS, KEYS), tl.float32), WIDE)
         if begin + KEYS > whole:
             scores = tl.where(place[None, :] <= last[:, None], scores, float("-inf"))
@@ -48,8 +48,8 @@ def _attend(
         factor = tl.exp2(largest - base)
         parts = tl.exp2(scores - base[:, None])
         weights = weights * factor + tl.sum(parts, 1)
-        values = tl.load(v + where[:, None] + d[None, :], mask=there[:, None], other=0.0)  # [KEYS, D]
-        total = dot(parts.to(v.dtype.element_ty), values, total * factor[:, None], WIDE)
+        values = tl.load(v + where[:, None] + d[None, :], mask=there[:, None], other=0.0).to(q.dtype)  # [KEYS, D]
+        total = dot(parts.to(q.dtype), values, total * factor[:, None], WIDE)
         largest = higher
     return total, largest, weights
 
@@ -143,8 +143,9 @@ def _join(partial: tl.tensor, out: tl.tensor, D: tl.constexpr, SPLITS: tl.conste
 
 
 def fits(q: torch.Tensor, cache: LayerCache) -> bool:
-    """Heads in tiles of a power of two dims; keys and values as they lie in a cache that is not packed."""
-    return not cache.packed and q.shape[2] in (16, 32, 64, 128, 256) and q.dtype == cache.k.dtype
+    """Heads in tiles of a power of two dims; keys and values of q's dtype or e4m3, in a cache that is not packed."""
+    known = cache.k.dtype in (q.dtype, torch.float8_e4m3fn)
+    return not cache.packed and q.shape[2] in (16, 32, 64, 128, 256) and known
 
 
 def splits_for(sequences: int, kv_heads: int) -> int:

@@ -65,9 +65,19 @@ def _store_qkv(
     tl.store(q + token * HEADS * D + where, turned, mask=is_q[:, None])
     slot = tl.load(slots + token + head * 0)  # one for each head: the interpreter's masks are made of tensors alone
     to = slot[:, None] * KV_HEADS * D + where - HEADS * D
-    tl.store(k + to, turned, mask=(is_k & (slot >= 0))[:, None])
+    tl.store(k + to, _held(turned, k), mask=(is_k & (slot >= 0))[:, None])
     is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
-    tl.store(v + to - KV_HEADS * D, x, mask=(is_v & (slot >= 0))[:, None])
+    tl.store(v + to - KV_HEADS * D, _held(x, v), mask=(is_v & (slot >= 0))[:, None])
+
+
+@triton.jit
+def _held(x: tl.tensor, cache: tl.tensor) -> tl.tensor:
+    """As the cache holds it: e4m3 is cut off at its largest."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        wide = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        return wide.to(tl.float8e4nv)
+    else:
+        return x
 
 
 def add_rms_norm(
@@ -88,9 +98,9 @@ def add_rms_norm(
 
 
 def fits(qkv: torch.Tensor, cache: LayerCache) -> bool:
-    """Plain caches of q/k/v's own dtype, with a power of two dims a head."""
-    dim = cache.head_dim
-    return not cache.packed and dim == power_of_two(dim) and dim > 1 and cache.k.dtype == qkv.dtype
+    """Plain caches of q/k/v's own dtype or e4m3, with a power of two dims a head."""
+    dim, held = cache.head_dim, cache.k.dtype
+    return not cache.packed and dim == power_of_two(dim) and dim > 1 and held in (qkv.dtype, torch.float8_e4m3fn)
 
 
 def store_qkv(

@@ -37,7 +37,7 @@ def load_weights(
 ) -> tuple[TextWeights, VisionWeights | None]:
     """Every weight. For a device the tensors are read ahead, in the order in which loading to nowhere asks for them.
     Raises CheckpointError, UsageError, InputMissing."""
-    if not ops.joins_parts(device) or not reader.weight_files():
+    if not ops.has_cuda_kernels(device) or not reader.weight_files():
         return _load_all(Loader(reader, device, dtype, activations))
     noting = cast("Any", _Noting(reader))
     _load_all(Loader(noting, torch.device("meta"), dtype))

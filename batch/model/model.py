@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from batch.kernels import ops
 from batch.model import kv as paged
 from batch.model.head import LogitRows
 from batch.model.inputs import StepInput
@@ -31,23 +32,24 @@ class Model:
 
     def __init__(
         self, arch: Arch, text: TextModel, vision: VisionModel | VisionOnDemand | None, device: torch.device,
-        dtype: torch.dtype, files: WeightFiles | None = None,
+        dtype: torch.dtype, files: WeightFiles | None = None, kv_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.arch, self.text, self.vision = arch, text, vision
         self.device, self.dtype = device, dtype
+        self.kv_dtype = kv_dtype or dtype  # of keys and values in the cache
         self._files = files  # that weights are streamed from
         tower = vision.weights if isinstance(vision, VisionModel) else None
         self.weights_nbytes = nbytes_of(text.weights) + nbytes_of(tower)  # of those that stay in memory
 
     def kv_bytes_per_block(self, kind: Kind, block_size: int) -> int:
         """Bytes of one KV block ("full" or "chunked") over all its layers."""
-        return bytes_per_block(self.arch.text, kind, block_size, self.dtype.itemsize)
+        return bytes_per_block(self.arch.text, kind, block_size, self.kv_dtype.itemsize)
 
     def allocate_kv(self, num_full_blocks: int, num_chunked_blocks: int, block_size: int) -> KVCache:
         """An empty paged cache. Raises DeviceError when it does not fit."""
         try:
             return paged.allocate(
-                self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.dtype
+                self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.kv_dtype
             )
         except (MemoryError, RuntimeError) as error:
             raise DeviceError(f"the KV cache does not fit: {error}", hint="give a smaller --kv-memory") from error
@@ -95,10 +97,14 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     activations: str = "auto",
+    kv_dtype: str = "auto",
 ) -> Model:
     """Load every weight of a checkpoint. dtype None: the checkpoint's own. activations "int8": inputs of INT4 weights
-    are quantized before each product. Raises DeviceError, UsageError, CheckpointError."""
+    are quantized before each product. kv_dtype "fp8": keys and values are cached in e4m3. Raises DeviceError,
+    UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
+    if kv_dtype == "fp8" and not ops.has_cuda_kernels(where):
+        raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave the option out")
     try:
         with torch.inference_mode():
             weights, tower = load_weights(reader, where, kind, activations)
@@ -108,7 +114,8 @@ def load_model(
         raise DeviceError(
             f"{reader.path} does not fit on {where}: {error}", hint="quantize it first: l4tool quantize --int4"
         ) from error
-    return Model(reader.arch, text, vision, where, kind)
+    held = torch.float8_e4m3fn if kv_dtype == "fp8" else None
+    return Model(reader.arch, text, vision, where, kind, kv_dtype=held)
 
 
 def stream_model(

@@ -95,7 +95,7 @@ class Loader:
     def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype, activations: str = "auto") -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
         self.packer = ops.packer(device, dtype)
-        self.joins_parts = ops.joins_parts(device)
+        self.joins_parts = device.type == "meta" or ops.has_cuda_kernels(device)  # meta: asks for what a device would
         self._copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
         if self.joins_parts and device.type != "meta":
             self._copy = Upload(device).copy

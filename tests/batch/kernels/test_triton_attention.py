@@ -80,3 +80,15 @@ def test_extreme_scores(device):
 @pytest.mark.parametrize("sequences, kv_heads, splits", [(1, 8, 64), (16, 8, 8), (64, 8, 4), (256, 8, 4), (8, 8, 16)])
 def test_splits(sequences, kv_heads, splits):
     assert triton_attention.splits_for(sequences, kv_heads) == splits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", [[(65, 90), (1, 1)], [(1, 33), (1, 100)]])
+def test_keys_and_values_in_8_bits(dtype, sequences, device, monkeypatch):
+    monkeypatch.setattr(triton_attention, "PROGRAMS", 1)
+    cache, batch = paged(sequences, 8, 2, 64, torch.float32, device)
+    held = LayerCache(cache.k.to(torch.float8_e4m3fn), cache.v.to(torch.float8_e4m3fn))
+    q = torch.randn(int(batch.query_start[-1]), 4, 64).to(device, dtype)
+    expected = reference.paged_attention(q.double(), held, batch, 0.125)
+    assert triton_attention.fits(q, held)
+    assert error(triton_attention.paged_attention(q, held, batch, 0.125), expected) < MOST[dtype]

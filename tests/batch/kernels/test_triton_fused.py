@@ -60,3 +60,15 @@ def test_rows_without_a_slot_are_not_kept(device):
 def test_packed_caches_are_not_for_these_kernels(device):
     cache = LayerCache(torch.zeros(1, 2, 8, 4, 2, device=device), torch.zeros(1, 2, 2, 16, 2, device=device), True)
     assert not triton_fused.fits(torch.zeros(1, 96, device=device), cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_in_8_bits(dtype, device):
+    caches = [LayerCache(*torch.zeros(2, 5, 4, 2, 16, device=device).to(torch.float8_e4m3fn)) for _ in range(2)]
+    qkv, slots = torch.randn(7, 6 * 16).to(device, dtype) * 300, torch.randperm(20)[:7].to(device)  # some past 448
+    assert triton_fused.fits(qkv, caches[0])
+    for kernels, cache in zip((reference, triton_fused), caches, strict=True):
+        kernels.store_qkv(qkv, 2, cache, slots, None, None, None)
+    for ours, theirs in ((caches[1].k, caches[0].k), (caches[1].v, caches[0].v)):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    assert caches[0].k.float().abs().max() == 448

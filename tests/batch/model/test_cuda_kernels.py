@@ -7,6 +7,7 @@ from batch.kernels import ops
 from batch.kernels.linears import Fp8Linear, FusedLinear, Int4Linear
 from batch.model.model import load_model
 from converters.detect import open_checkpoint
+from l4tool.core.errors import UsageError
 from tests import checkpoints
 from tests.batch.model.driver import Driver, Row
 from tests.batch.model.test_text_parity import difference, random_ids
@@ -69,3 +70,24 @@ def test_decoding_steps_can_be_captured(arch, kind, group_size, most, request, t
         assert ops.captures(experts, cache, device, model.dtype)
         with ops.reference_only():
             assert not ops.captures(experts, cache, device, model.dtype)
+
+
+def test_a_cache_in_8_bits(scout_tiny, device, monkeypatch):
+    monkeypatch.setattr("batch.kernels.triton_attention.PROGRAMS", 1)
+    reader, ids = open_checkpoint(scout_tiny), random_ids(12, seed=2)
+    with pytest.raises(UsageError, match="--kv-dtype fp8 needs a CUDA device"):
+        load_model(reader, "cpu", "float32", kv_dtype="fp8")
+    with ops.cuda_only():
+        plain = load_model(reader, device, "float32")
+        model = load_model(reader, device, "float32", kv_dtype="fp8")
+        got = decoded(model, ids)
+    assert plain.kv_bytes_per_block("full", 16) == 4 * model.kv_bytes_per_block("full", 16)
+    with ops.reference_only():
+        # A value at a rounding edge may fall either way.
+        assert difference(got, decoded(model, ids)) < 5e-2
+
+
+def decoded(model, ids):
+    driver, row = Driver(model, num_blocks=16), Row(ids)
+    assert driver.kv.layers[0].k.dtype == torch.float8_e4m3fn
+    return torch.cat([driver.step([(row, count)], all_logits=True)[0].cpu() for count in (len(ids) - 2, 2)])

@@ -84,7 +84,7 @@ class Engine:
         self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
         self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens, config.first_alone)
         self.features = FeatureCache(encoder_of(model), MAX_FEATURE_BYTES if config.prefix_cache else 0)
-        self.runner = Runner(model, self.blocks, self.features)
+        self.runner = Runner(model, self.blocks, self.features, config.max_seqs)
         self.stats = EngineStats()
         self._good_steps = 0
         self._failures_in_a_row = 0
@@ -340,7 +340,7 @@ class Engine:
         self._longest = longest
         self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)
         self.scheduler.blocks = self.blocks
-        self.runner = Runner(self.model, self.blocks, self.features)
+        self.runner = Runner(self.model, self.blocks, self.features, self.config.max_seqs)
         return True
 
     def _count(self, plan: list[Piece], times: list[float]) -> None:

@@ -29,6 +29,10 @@ Replay = Callable[[], None]
 Capture = Callable[[Callable[[], LogitRows]], tuple[Replay, LogitRows]]
 
 
+class CaptureError(Exception):
+    """The device does not capture what it runs, or has no memory left for a graph."""
+
+
 def can_capture(model: Model, kv: KVCache) -> bool:
     """Whether decoding steps of this model can be captured: see `ops.captures`."""
     layers = [model.text.weights.layer(index).feed_forward for index in range(model.arch.text.num_layers)]
@@ -56,12 +60,13 @@ class Capturer:
 
 
 class DecodeGraphs:
-    """Decoding steps of `model` on `kv` whose sequences hold blocks of `blocks`. A size is captured when it is first
-    met."""
+    """Decoding steps of `model` on `kv`, of at most `max_seqs` sequences that hold blocks of `blocks`. A size is
+    captured when it is first met."""
 
-    def __init__(self, model: Model, kv: KVCache, blocks: BlockManager, capture: Capture) -> None:
+    def __init__(self, model: Model, kv: KVCache, blocks: BlockManager, max_seqs: int, capture: Capture) -> None:
         self._model, self._kv, self._capture = model, kv, capture
-        most, text = SIZES[-1], model.arch.text
+        self._most = most = SIZES[bisect.bisect_left(SIZES, min(max_seqs, SIZES[-1]))]
+        text = model.arch.text
         self._longest = text.max_position_embeddings
         longest = -(-self._longest // blocks.block_size)
         chunk = text.attention_chunk_size // blocks.block_size
@@ -89,19 +94,25 @@ class DecodeGraphs:
         """One token of each sequence, all of which want logits, and no pictures."""
         tokens = step.token_ids.shape[0]
         decodes = step.max_query_len == 1 and step.image_rows is None and step.logits_rows.shape[0] == tokens
-        return decodes and tokens <= SIZES[-1]
+        return decodes and tokens <= self._most
 
     @torch.inference_mode()
     def rows(self, step: StepInput) -> LogitRows:
-        """As `Model.rows`; the result is good until the next step."""
+        """As `Model.rows`; the result is good until the next step. Raises CaptureError."""
         count = step.token_ids.shape[0]
         size = SIZES[bisect.bisect_left(SIZES, count)]
         self._fill(step, count, size)
         if size not in self._captured:
-            self._captured[size] = self._capture(lambda: self._model.rows(self._part(size), self._kv))
+            self._captured[size] = self._capture_size(size)
         replay, rows = self._captured[size]
         replay()
         return replace(rows, hidden=rows.hidden[:count])
+
+    def _capture_size(self, size: int) -> tuple[Replay, LogitRows]:
+        try:
+            return self._capture(lambda: self._model.rows(self._part(size), self._kv))
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
 
     def _fill(self, step: StepInput, count: int, size: int) -> None:
         """Put the step's `count` sequences into the buffers, and nobody into those up to `size`."""

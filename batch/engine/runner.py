@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
-from batch.engine.graphs import Capturer, DecodeGraphs, can_capture
+from batch.engine.graphs import CaptureError, Capturer, DecodeGraphs, can_capture
 from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.head import LogitRows
@@ -19,6 +19,7 @@ from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
 from batch.requests import ImageTiles
+from l4tool.core.console import note
 from l4tool.core.errors import L4Error
 
 
@@ -32,9 +33,10 @@ class ImageEncodingError(Exception):
 
 
 class Runner:
-    """Runs steps of one model on one KV cache. Pictures are encoded through `features`."""
+    """Runs steps of one model on one KV cache, of `max_seqs` sequences at most. Pictures are encoded through
+    `features`."""
 
-    def __init__(self, model: Model, blocks: BlockManager, features: FeatureCache) -> None:
+    def __init__(self, model: Model, blocks: BlockManager, features: FeatureCache, max_seqs: int) -> None:
         self.model = model
         self.blocks = blocks
         self.features = features
@@ -43,7 +45,7 @@ class Runner:
         )
         self.graphs: DecodeGraphs | None = None
         if model.device.type == "cuda" and can_capture(model, self.kv):
-            self.graphs = DecodeGraphs(model, self.kv, blocks, Capturer())
+            self.graphs = DecodeGraphs(model, self.kv, blocks, max_seqs, Capturer())
 
     def close(self) -> None:
         """Drop the cache, and the graphs that write to it."""
@@ -53,7 +55,11 @@ class Runner:
         """Logits float32 [N, V] of the pieces that want them."""
         assert self.kv is not None, "the engine is closed"
         if self.graphs is not None and self.graphs.takes(step):
-            return self.graphs.rows(step).logits()
+            try:
+                return self.graphs.rows(step).logits()
+            except CaptureError as error:
+                note(f"{self.model.device} captures no steps ({error}): decoding launches every kernel by itself")
+                self.graphs = None
         return self.model.forward(step.to(self.model.device), self.kv)
 
     def rows(self, step: StepInput) -> LogitRows:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from batch.engine.engine import Engine, EngineConfig
-from batch.engine.graphs import SIZES, Capturer, DecodeGraphs, can_capture
+from batch.engine.graphs import Capturer, DecodeGraphs, can_capture
 from batch.kernels import ops
 from batch.model.model import load_model
 from batch.requests import SamplingParams
@@ -58,7 +58,7 @@ def test_tokens_are_those_of_the_cpu(scout_tiny, device, monkeypatch):
     with ops.cuda_only():
         model = load_model(open_checkpoint(scout_tiny), device, "float32")
         engine = engine_of(model)
-        engine.runner.graphs = DecodeGraphs(model, engine.runner.kv, engine.blocks, recorder)
+        engine.runner.graphs = DecodeGraphs(model, engine.runner.kv, engine.blocks, 8, recorder)
         assert decode(engine, prompts(), 4) == expected
     if device.type == "cpu":
         # Three sequences take the size of four; the longest prompt enters the next attention chunk at its second token.
@@ -72,16 +72,32 @@ def test_which_steps_are_taken(scout_tiny, device):
         model = load_model(open_checkpoint(scout_tiny), device, "float32")
         engine = engine_of(model)
         assert can_capture(model, engine.runner.kv)
-    graphs = DecodeGraphs(model, engine.runner.kv, engine.blocks, Recorder())
+    graphs = DecodeGraphs(model, engine.runner.kv, engine.blocks, 7, Recorder())
     for prompt in ([1], [2]):
         engine.add("a", prompt, SamplingParams(2))
     step = engine.runner.build(engine.scheduler.schedule())
     assert graphs.takes(step)
     for change in (
         {"max_query_len": 2}, {"image_rows": torch.tensor([0])}, {"logits_rows": torch.tensor([1])},
-        {"token_ids": torch.zeros(SIZES[-1] + 1), "logits_rows": torch.zeros(SIZES[-1] + 1)},
+        {"token_ids": torch.zeros(9), "logits_rows": torch.zeros(9)},  # seven sequences take the size of eight
     ):  # fmt: skip
         assert not graphs.takes(dataclasses.replace(step, **change))
+
+
+@pytest.mark.parametrize("cause", [RuntimeError("not permitted when capturing"), torch.OutOfMemoryError("none left")])
+def test_what_cannot_be_captured_runs_all_the_same(scout_tiny, capsys, cause):
+    """The CPU's own kernels stand in here: nothing of a captured step is reached."""
+    model = load_model(open_checkpoint(scout_tiny), "cpu", "float32")
+    expected = decode(engine_of(model), prompts(), 3)
+
+    def refused(run):
+        raise cause
+
+    engine = engine_of(model)
+    engine.runner.graphs = DecodeGraphs(model, engine.runner.kv, engine.blocks, 8, refused)
+    assert decode(engine, prompts(), 3) == expected
+    assert engine.runner.graphs is None
+    assert capsys.readouterr().err.count(f"captures no steps ({cause})") == 1
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
     """The card, its products, and the model: all figures of one scheme."""
     import torch
     import triton
-    from gpu_measure import measure_card, measure_products
+    from gpu_measure import measure_card, measure_products, quantize_rate
 
     from batch.kernels import cuda, triton_experts
     from l4tool.core.console import note
@@ -85,6 +85,8 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
         lambda x, logits, experts: triton_experts.routed_experts(x, logits, *cuda.moe_banks(experts)),
     )  # fmt: skip
     figures["products"] = [asdict(product) for product in products]
+    note("quantizing")
+    figures["quantize_bytes_s"] = quantize_rate(device)
     torch.cuda.empty_cache()
     note(f"{arguments.layers} layers in {arguments.scheme}")
     try:
@@ -169,6 +171,7 @@ def markdown(figures: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     rows = [*model_rows(figures), *product_rows(figures["products"])]
+    rows.append(("quantizing to INT4, from host memory", f"{figures['quantize_bytes_s'] / 1e9:.1f} GB/s of bf16", ""))
     if "peer" in figures:
         ours, theirs = figures["peer"]["ours"], figures["peer"]["transformers"]
         what = f"{PEER_LAYERS} layers in bf16, {PEER_PROMPTS} prompts"

@@ -6,7 +6,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +20,11 @@ from batch.engine.engine import Engine, EngineConfig
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, Int4Linear
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams
+from converters.reader import TensorInfo
+from converters.writing.encoder import Scratch
+from quant.encoders import Int4
 
+QUANTIZE_THREADS = 4
 DECODE_PROMPT, DECODE_STEPS = 300, 64
 NUM_SPECIAL = 2048  # ids that no prompt may hold: the last of the vocabulary
 COPY_BYTES, MATMUL_SIZE = 2 << 30, 8192
@@ -105,6 +111,21 @@ def measure_products(
             )
         )  # fmt: skip
     return found
+
+
+def quantize_rate(device: torch.device, rows: int = 8192, columns: int = 5120, count: int = 16) -> float:
+    """Bytes of bfloat16 per second that INT4 quantization takes from host memory, by as many threads as the pipeline
+    has: matrices as fused experts lie, by columns, packed words back on the host."""
+    encoder = Int4(128, "mse", str(device))
+    weight = torch.randn(columns, rows).bfloat16().T
+    info = TensorInfo("expert", (rows, columns), torch.bfloat16, weight.nbytes, Path("none"))
+
+    def encode(number: int) -> None:
+        encoder.encode(weight, info, "expert.weight", 0, Scratch())
+
+    with ThreadPoolExecutor(QUANTIZE_THREADS) as pool:
+        seconds = timed(lambda: list(pool.map(encode, range(count))), device, rounds=3)
+    return count * weight.nbytes / seconds
 
 
 # -- the engine

@@ -3,6 +3,8 @@
 A tile of queries holds all heads of one kv head's group: row r is query r // G, head r % G. Keys come from the block
 table; how far back they go (attention chunks) is in the table and the lengths already: a query at place p of its
 table's keys sees the keys 0 … p. Sequences are found on the device: a tile of queries looks for its own in query_start.
+Sequences with one query are left to `_decode` in every step: alone in a tile they would keep one multiprocessor for as
+long as their text is.
 
 Legend: T tokens, A heads, K kv heads, G = A / K, D head_dim, S sequences, B tokens per block.
 """
@@ -73,7 +75,8 @@ def _prefill(
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of queries of one sequence, one kv head. Tiles of sequence s begin at query_start[s] // queries + s."""
+    """One tile of queries of one sequence that has several, one kv head. Tiles of sequence s begin at
+    query_start[s] // queries + s."""
     QUERIES: tl.constexpr = ROWS // GROUP
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     low, high = 0, num_seqs  # the sequence is the last whose tiles begin at this one or before
@@ -86,7 +89,7 @@ def _prefill(
     seq = low - 1
     begin, end = tl.load(query_start + seq), tl.load(query_start + seq + 1)
     first = (tile - (begin // QUERIES + seq)) * QUERIES
-    if begin + first >= end:
+    if (begin + first >= end) | (end - begin == 1):
         return
     row = tl.arange(0, ROWS)
     query = first + row // GROUP
@@ -105,19 +108,22 @@ def _prefill(
 
 @triton.jit
 def _decode(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, partial: tl.tensor, table: tl.tensor, cached_len: tl.tensor,
-    table_width: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, scale: tl.tensor,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, partial: tl.tensor, table: tl.tensor, query_start: tl.tensor,
+    cached_len: tl.tensor, table_width: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, scale: tl.tensor,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One sequence's only query, one kv head, one part of its keys → partial float32 [S, A, SPLITS, D + 2]."""
     seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    query = tl.load(query_start + seq)
+    if tl.load(query_start + seq + 1) - query != 1:
+        return
     context = tl.load(cached_len + seq)
     share = tl.cdiv(tl.cdiv(context, SPLITS), KEYS) * KEYS
     first, end = split * share, min(split * share + share, context)
     row = tl.arange(0, ROWS)
     head, there = kv_head * GROUP + row, row < GROUP
-    rows = _load_queries(q, seq + row * 0, head, there, heads, scale, D)
+    rows = _load_queries(q, query + row * 0, head, there, heads, scale, D)
     total, largest, weights = _attend(
         rows, k, v, table + seq.to(tl.int64) * table_width, row * 0 + (context - 1), first, end, end,
         kv_head, kv_heads, ROWS, KEYS, D, B, STAGES, WIDE,
@@ -129,17 +135,24 @@ def _decode(
 
 
 @triton.jit
-def _join(partial: tl.tensor, out: tl.tensor, D: tl.constexpr, SPLITS: tl.constexpr) -> None:
-    """One head of one sequence: its parts → out [S, A, D]. A sequence without keys (what fills up a batch) gets 0."""
-    row = tl.program_id(0).to(tl.int64)
-    base = partial + (row * SPLITS + tl.arange(0, SPLITS)) * (D + 2)
+def _join(
+    partial: tl.tensor, out: tl.tensor, query_start: tl.tensor, heads: tl.tensor, D: tl.constexpr, SPLITS: tl.constexpr
+) -> None:
+    """One head of a sequence with one query: its parts → out [T, A, D]. A sequence without keys (what fills up a batch)
+    gets 0."""
+    seq, head = tl.program_id(0), tl.program_id(1)
+    query = tl.load(query_start + seq)
+    if tl.load(query_start + seq + 1) - query != 1:
+        return
+    base = partial + ((seq.to(tl.int64) * heads + head) * SPLITS + tl.arange(0, SPLITS)) * (D + 2)
     d = tl.arange(0, D)
     largest = tl.load(base + D)
     top = tl.max(largest, 0)
     factor = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top))
     weights = tl.sum(factor * tl.load(base + D + 1), 0)
     total = tl.sum(tl.load(base[:, None] + d[None, :]) * factor[:, None], 0)
-    tl.store(out + row * D + d, (total / tl.where(weights == 0, 1.0, weights)).to(out.dtype.element_ty))
+    where = (query.to(tl.int64) * heads + head) * D + d
+    tl.store(out + where, (total / tl.where(weights == 0, 1.0, weights)).to(out.dtype.element_ty))
 
 
 def fits(q: torch.Tensor, cache: LayerCache) -> bool:
@@ -162,21 +175,21 @@ def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale
     group, seqs, wide = heads // cache.num_kv_heads, batch.cached_len.shape[0], is_wide(q)
     out, factor = torch.empty_like(q), scale * LOG2_E
     shared = {"GROUP": group, "KEYS": KEYS, "D": dim, "B": cache.block_size, "WIDE": wide}
-    if batch.max_query_len == 1:
+    table, where = batch.block_table, (batch.query_start, batch.cached_len)
+    lengths = (table.stride(0), heads, cache.num_kv_heads, factor)
+    if batch.max_query_len == 1 or seqs > 1:
         splits = splits_for(seqs, cache.num_kv_heads)
         partial = torch.empty((seqs, heads, splits, dim + 2), dtype=torch.float32, device=q.device)
         _decode[(seqs, cache.num_kv_heads, splits)](
-            q, cache.k, cache.v, partial, batch.block_table, batch.cached_len, batch.block_table.stride(0),
-            heads, cache.num_kv_heads, factor, ROWS=max(power_of_two(group), 16), SPLITS=splits,
+            q, cache.k, cache.v, partial, table, *where, *lengths, ROWS=max(power_of_two(group), 16), SPLITS=splits,
             STAGES=1 if wide else 3, num_warps=4, **shared,
         )  # fmt: skip
-        _join[(seqs * heads,)](partial, out, D=dim, SPLITS=splits, num_warps=4)
-        return out.flatten(1)  # [T, A·D]
-    rows = max(128 if batch.max_query_len * group > 64 else 64, power_of_two(group))
-    tiles = tokens // (rows // group) + seqs
-    _prefill[(tiles, cache.num_kv_heads)](
-        q, cache.k, cache.v, out, batch.block_table, batch.query_start, batch.cached_len, seqs,
-        batch.block_table.stride(0), heads, cache.num_kv_heads, factor, ROWS=rows,
-        STAGES=1 if wide else 3, num_warps=rows // 16, **shared,
-    )  # fmt: skip
+        _join[(seqs, heads)](partial, out, batch.query_start, heads, D=dim, SPLITS=splits, num_warps=4)
+    if batch.max_query_len > 1:
+        rows = max(128 if batch.max_query_len * group > 64 else 64, power_of_two(group))
+        tiles = tokens // (rows // group) + seqs
+        _prefill[(tiles, cache.num_kv_heads)](
+            q, cache.k, cache.v, out, table, *where, seqs, *lengths, ROWS=rows, STAGES=1 if wide else 3,
+            num_warps=rows // 16, **shared,
+        )  # fmt: skip
     return out.flatten(1)  # [T, A·D]

@@ -189,6 +189,13 @@ GATED_DECODED_SHAPES = GATED_SHAPES | {128: (64, 8, 3)}
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def shapes_of(bank: Bank) -> dict[int, tuple[int, int, int]]:
+    """The tiles of products with a Bank."""
+    if not bank.gated:
+        return SHAPES
+    return GATED_DECODED_SHAPES if bank.form.kind in (INT4, FP8) else GATED_SHAPES
+
+
 def splits_for(programs: int, steps: int) -> int:
     """How many programs share the k of one tile, so that few tiles still fill the device."""
     splits = 1
@@ -201,8 +208,7 @@ def product(x: Prepared, bank: Bank, tiles: Tiles, order: torch.Tensor | None = 
     """Each row times its expert's weightᵀ → [R, N]; of gated weights silu(gate) · up. order int32 [R]: row i of the
     result goes to order[i]."""
     num_rows, form, table = x.rows.shape[0], bank.form, bank.table
-    shapes = SHAPES if not bank.gated else GATED_DECODED_SHAPES if form.kind in (INT4, FP8) else GATED_SHAPES
-    columns, warps, stages = shapes[tiles.rows]
+    columns, warps, stages = shapes_of(bank)[tiles.rows]
     programs = tiles.count * ceil_div(form.out_features, columns)
     splits = 1 if bank.gated else splits_for(programs, ceil_div(form.in_features, form.group_size))
     shape, wide = (num_rows, form.out_features), is_wide(x.rows)

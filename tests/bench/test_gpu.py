@@ -18,6 +18,7 @@ sys.path.insert(0, str(BENCH))
 import gpu  # noqa: E402
 import gpu_measure  # noqa: E402
 import gpu_random  # noqa: E402
+import gpu_tune  # noqa: E402
 import limits  # noqa: E402
 
 sys.path.remove(str(BENCH))
@@ -143,6 +144,33 @@ def test_the_cap(monkeypatch):
 def test_the_command_line(options, code, said):
     done = subprocess.run([sys.executable, str(BENCH / "gpu.py"), *options], capture_output=True, text=True)
     assert done.returncode == code and said in done.stdout + done.stderr
+
+
+def test_tiles_are_tuned(monkeypatch, capsys):
+    def seconds_of(shape):
+        if shape[0] == 128:
+            raise MemoryError("too large")
+        return 1 / sum(shape)
+
+    shapes = [(64, 4, 3), (128, 4, 3), (64, 8, 3)]
+    assert gpu_tune.fastest(shapes, seconds_of, (MemoryError,)) == [(1 / 75, (64, 8, 3)), (1 / 71, (64, 4, 3))]
+    assert "(128, 4, 3): MemoryError" in capsys.readouterr().err
+    with pytest.raises(MemoryError):
+        gpu_tune.fastest(shapes, seconds_of, (ValueError,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_tune.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu_tune.main()
+
+
+def test_every_shape_is_tried(device, monkeypatch, capsys):
+    for name, value in {"COLUMNS": (32, 64), "WARPS": (4,), "STAGES": (4, 5), "ROWS": (16,),
+                        "EXPERTS": 2, "HIDDEN": 128, "INNER": 128}.items():  # fmt: skip
+        monkeypatch.setattr(gpu_tune, name, value)
+    monkeypatch.setattr(gpu_measure, "timed", lambda work, device: work().numel() / 1e6)
+    gpu_tune.tune("int4", str(device))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("int4, gated, 16 rows: now (64, 4, 4)") and len(lines) == 2
 
 
 def test_a_machine_without_a_gpu_is_refused(monkeypatch):

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 LLAMA := .venv-llama
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-slow test-gguf soak lint bench clean
+.PHONY: setup demo test test-slow test-gpu test-gguf soak lint bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# On a machine with a CUDA build of torch: the kernels, models and runs that are compared with the CPU.
+test-gpu: setup
+	$(PY) -m pytest -m gpu
 
 # What convert writes as GGUF, in llama.cpp itself: built from source once (ten minutes or so), kept in .venv-llama.
 test-gguf: setup $(LLAMA)/.done

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from batch.kernels.paging import LayerCache, PagedBatch
-from batch.kernels.triton_support import MULTIPROCESSORS, dot, is_wide, power_of_two
+from batch.kernels.triton_support import MULTIPROCESSORS, dot, is_wide, knows_fp8, power_of_two
 
 LOG2_E = 1.4426950408889634
 KEYS = 64  # of one tile
@@ -157,7 +157,7 @@ def _join(
 
 def fits(q: torch.Tensor, cache: LayerCache) -> bool:
     """Heads in tiles of a power of two dims; keys and values of q's dtype or e4m3, in a cache that is not packed."""
-    known = cache.k.dtype in (q.dtype, torch.float8_e4m3fn)
+    known = cache.k.dtype == q.dtype or (cache.k.dtype == torch.float8_e4m3fn and knows_fp8(cache.k.device))
     return not cache.packed and q.shape[2] in (16, 32, 64, 128, 256) and known
 
 

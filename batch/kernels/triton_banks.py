@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from batch.kernels.linears import DenseLinear, Fp8Linear, FusedLinear, Int4Linear, Linear
-from batch.kernels.triton_support import ceil_div, power_of_two
+from batch.kernels.triton_support import ceil_div, knows_fp8, power_of_two
 
 DENSE, INT4, FP8, FP8_TOKENS = 0, 1, 2, 3  # FP8_TOKENS: activations in e4m3, too
 GROUP_SIZES = (32, 64, 128)
@@ -95,6 +95,8 @@ def _form(weight: Linear) -> Form | None:
         return Form(DENSE, 64, *shape, (0, 0))
     strides = (scale.stride(0), scale.stride(1))
     if scale.dtype != torch.bfloat16:
+        return None
+    if isinstance(weight, Fp8Linear) and not knows_fp8(values.device):
         return None
     if isinstance(weight, Int4Linear):
         return Form(INT4, weight.group_size, *shape, strides) if weight.group_size in GROUP_SIZES else None

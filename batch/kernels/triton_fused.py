@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from batch.kernels.paging import LayerCache
-from batch.kernels.triton_support import power_of_two
+from batch.kernels.triton_support import knows_fp8, power_of_two
 
 
 @triton.jit
@@ -100,7 +100,8 @@ def add_rms_norm(
 def fits(qkv: torch.Tensor, cache: LayerCache) -> bool:
     """Plain caches of q/k/v's own dtype or e4m3, with a power of two dims a head."""
     dim, held = cache.head_dim, cache.k.dtype
-    return not cache.packed and dim == power_of_two(dim) and dim > 1 and held in (qkv.dtype, torch.float8_e4m3fn)
+    known = held == qkv.dtype or (held == torch.float8_e4m3fn and knows_fp8(cache.k.device))
+    return not cache.packed and dim == power_of_two(dim) and dim > 1 and known
 
 
 def store_qkv(

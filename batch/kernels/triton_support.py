@@ -6,6 +6,8 @@ they run on CPU tensors, slowly, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,12 @@ def is_interpreted() -> bool:
 def runs_on(x: torch.Tensor) -> bool:
     """Whether the kernels can take tensors like x."""
     return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.is_cuda != is_interpreted()
+
+
+@functools.cache
+def knows_fp8(device: torch.device) -> bool:
+    """Whether kernels may use e4m3: compiled ones from Ada (8.9) on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def is_wide(x: torch.Tensor) -> bool:

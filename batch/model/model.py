@@ -105,6 +105,8 @@ def load_model(
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
     if kv_dtype == "fp8" and not ops.has_cuda_kernels(where):
         raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave the option out")
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # kernels are launched on the current one
     try:
         with torch.inference_mode():
             weights, tower = load_weights(reader, where, kind, activations)

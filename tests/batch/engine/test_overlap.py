@@ -85,6 +85,20 @@ def test_whoever_is_finished_from_outside_gets_nothing_more(scout):
     assert third.output == outputs(engine_of(scout, False), [[7] * 5], [SamplingParams(6)])[0][0]
 
 
+def test_whoever_comes_is_admitted(scout):
+    engine = engine_of(scout, True)
+    first = engine.add(0, [1] * 5, SamplingParams(14))
+    while first.num_generated < 3:
+        engine.step()
+    second = engine.add(1, [2] * 5, SamplingParams(3))
+    before = first.num_generated
+    while not second.num_generated:
+        engine.step()
+    assert first.num_generated <= before + 2  # what was on its way, and the step that admits
+    engine.finish(first, "stop")
+    engine.finish(second, "stop")
+
+
 def test_a_launch_that_fails_is_repeated(scout, monkeypatch):
     prompts, asked = random_prompts((5, 9)), [SamplingParams(12)] * 2
     expected = outputs(engine_of(scout, False), prompts, asked)

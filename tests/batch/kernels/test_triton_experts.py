@@ -7,7 +7,7 @@ from batch.kernels import reference
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, FusedLinear, Int4Linear
 
 pytest.importorskip("triton")
-from batch.kernels import triton_experts, triton_rows
+from batch.kernels import triton_banks, triton_experts, triton_rows, triton_support
 from batch.kernels.triton_banks import Bank
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -155,3 +155,12 @@ def test_unlike_weights_have_no_bank(device):
         ([fused], False),
     ):
         assert Bank.of(weights, gated) is None
+
+
+def test_older_devices_do_without_fp8(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    knows_fp8 = triton_support.knows_fp8.__wrapped__
+    assert not knows_fp8(torch.device("cuda")) and knows_fp8(torch.device("cpu"))
+    monkeypatch.setattr(triton_banks, "knows_fp8", lambda device: False)
+    assert Bank.of([weight("fp8", 64, 128, torch.float32, device)], False) is None
+    assert Bank.of([weight("int4", 64, 128, torch.float32, device)], False) is not None

@@ -101,9 +101,10 @@ def captures(experts: list[Experts], cache: LayerCache, dtype: torch.dtype) -> b
 
 def _bank(weight: Linear, gated: bool) -> Bank | None:
     """The Bank of one weight, made once."""
-    if "bank" not in weight.derived:
-        weight.derived["bank"] = Bank.of([weight], gated)
-    bank: Bank | None = weight.derived["bank"]
+    name = "gated bank" if gated else "bank"
+    if name not in weight.derived:
+        weight.derived[name] = Bank.of([weight], gated)
+    bank: Bank | None = weight.derived[name]
     return bank
 
 

@@ -14,8 +14,7 @@ from tests.batch.model.test_text_parity import difference, random_ids
 
 # FP8 activations at a rounding edge may fall either way, which moves what follows by per cents.
 FORMS = [
-    ("scout", None, 128, 1e-4), ("scout", "int4-all", 128, 1e-4), ("scout", "mixed", 128, 5e-2),
-    ("maverick", "int4", 64, 1e-4),
+    ("scout", None, 128, 1e-4), ("scout", "mixed", 128, 5e-2), ("maverick", "int4", 64, 1e-4),
 ]  # fmt: skip
 
 
@@ -36,7 +35,7 @@ def logits_of(folder, device, ids, pieces):
 @pytest.mark.parametrize("arch, kind, group_size, most", FORMS)
 def test_logits_equal_the_cpus(arch, kind, group_size, most, request, tmp_path, device, monkeypatch):
     folder = make_folder(request, tmp_path, arch, kind, group_size)
-    ids, pieces = random_ids(34, seed=1), (31, 1, 2)  # to the end of the chunk of 32 tokens, and past it
+    ids, pieces = random_ids(33, seed=1), (31, 1, 1)  # to the end of the chunk of 32 tokens, and past it
     monkeypatch.setattr("batch.kernels.triton_attention.PROGRAMS", 1)
     with ops.cuda_only():
         got = logits_of(folder, device, ids, pieces)

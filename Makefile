@@ -5,8 +5,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 LLAMA := .venv-llama
 TEST_WORKERS ?= 2
+# Not in constraints.txt: torch's CUDA builds bring a version of their own, and want no other.
+TRITON := triton==3.9.0
 
-.PHONY: setup demo test test-slow test-gguf soak lint bench clean
+.PHONY: setup demo test test-slow test-gpu test-gguf soak lint bench clean
 
 setup: $(STAMP)
 
@@ -17,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; try make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	[ "$$(uname)" != Linux ] || $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet $(TRITON)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llama-models
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --constraint constraints.txt fairscale
@@ -30,6 +33,10 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# On a machine with a CUDA build of torch: the kernels, models and runs that are compared with the CPU.
+test-gpu: setup
+	$(PY) -m pytest -m gpu
 
 # What convert writes as GGUF, in llama.cpp itself: built from source once (ten minutes or so), kept in .venv-llama.
 test-gguf: setup $(LLAMA)/.done

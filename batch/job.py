@@ -59,6 +59,7 @@ class BatchOptions:
     device: str = "auto"
     dtype: str = "auto"
     activations: str = "auto"
+    kv_dtype: str = "auto"
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
     max_seqs: int | None = None
@@ -109,6 +110,7 @@ def engine_options(options: BatchOptions) -> dict[str, Any]:
         "device": _device(options.device),
         "dtype": None if options.dtype == "auto" else options.dtype,
         "activations": options.activations,
+        "kv_dtype": options.kv_dtype,
         "max_batch_tokens": options.max_batch_tokens,
         "kv_memory_bytes": options.kv_memory_bytes,
         "max_seqs": options.max_seqs,
@@ -188,6 +190,7 @@ def job_facts(options: BatchOptions, front: Front, fingerprint: str) -> dict[str
         "stop": list(front.defaults.stop),
         "dtype": options.dtype,
         **({} if options.activations == "auto" else {"activations": options.activations}),
+        **({} if options.kv_dtype == "auto" else {"kv_dtype": options.kv_dtype}),
         "max_images": options.max_images,
         "error_file": None if options.errors is None else options.errors.name,
         "duplicates": "run-each" if options.state.run_each else "error",

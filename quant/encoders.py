@@ -94,4 +94,9 @@ def make_encoders(recipe: Recipe, device: str) -> dict[str, Encoder]:
 
 
 def _to(weight: torch.Tensor, device: str) -> torch.Tensor:
-    return weight if device == "cpu" else weight.contiguous().to(device)
+    """The weight there, in the memory order that it has: turning it would take longer than all the rest."""
+    if device == "cpu":
+        return weight
+    if weight.stride(0) == 1:
+        return weight.T.contiguous().to(device).T
+    return weight.contiguous().to(device)

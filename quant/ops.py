@@ -1,7 +1,9 @@
-"""One call per format: the fused kernel for a weight on the CPU, the torch specification for any other device."""
+"""One call per format: a fused kernel for a weight on the CPU or a CUDA device, else the specification in torch."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +51,10 @@ def int4(
         raise ValueError(f"{cols} columns do not divide into groups of {group_size}")
     if weight.device.type != "cpu":
         _require_finite(weight, name, row0)
+        if _has_triton():
+            from quant.kernels import triton_quantize
+
+            return Int4(*(part.cpu() for part in triton_quantize.int4(weight, group_size, scale_method)))
         return int4_reference(weight, group_size, scale_method)
     from quant.kernels.int4 import int4_rows
 
@@ -71,6 +77,10 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0, scratch: Scra
     rows, cols = weight.shape
     if weight.device.type != "cpu":
         _require_finite(weight, name, row0)
+        if _has_triton():
+            from quant.kernels import triton_quantize
+
+            return Fp8(*(part.cpu() for part in triton_quantize.fp8(weight)))
         return fp8_reference(weight)
     from quant.kernels.fp8 import fp8_rows
 
@@ -84,6 +94,11 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0, scratch: Scra
     if bad >= 0:
         _require_finite(weight, name, row0)
     return Fp8(out.view(torch.float8_e4m3fn), scale, torch.from_numpy(row_error), torch.from_numpy(row_square))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def int4_reference(weight: torch.Tensor, group_size: int, scale_method: str) -> Int4:

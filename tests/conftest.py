@@ -1,10 +1,15 @@
 """Shared, read-only checkpoints: made once per test process, in about two seconds each."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, whoever does that
 
 from tests import checkpoints
 

@@ -13,7 +13,8 @@ import torch
 
 from batch.backends.base import RequestSource
 from batch.backends.loading import load_streamed, load_whole
-from batch.backends.memory import default_kv_bytes
+from batch.backends.memory import default_kv_bytes, free_device_bytes
+from batch.backends.profiling import DeviceMeter, worst_step_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
 from batch.backends.warm_up import warm_up
 from batch.engine.engine import Engine, EngineConfig
@@ -24,7 +25,9 @@ from batch.model.model import Model
 from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from converters.reader import Reader
+from l4tool.core.console import note
 from l4tool.core.errors import UsageError
+from l4tool.core.sizes import format_bytes
 from quant.memory import (
     CPU_BLOCK,
     DEFAULT_MAX_BATCH_TOKENS,
@@ -43,7 +46,8 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedOptions:
-    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_memory_bytes` is the KV
+    """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_dtype` "fp8": what the
+    cache holds on a CUDA device. `kv_memory_bytes` is the KV
     cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
     `first_alone`: see `Scheduler`. `stream_weights`: layers are read from disk while it runs, in a process that takes
     `memory_bytes` at most."""
@@ -51,6 +55,7 @@ class EmbeddedOptions:
     device: str = "cpu"
     dtype: str | None = None
     activations: str = "auto"
+    kv_dtype: str = "auto"
     prefix_cache: bool = True
     max_batch_tokens: int | None = None
     kv_memory_bytes: int | None = None
@@ -240,8 +245,11 @@ def load(reader: Reader, options: EmbeddedOptions) -> tuple[Model, EngineConfig]
     """The model as the options want it, and what its engine may use. Raises UsageError, DeviceError, CheckpointError,
     InputMissing."""
     if not options.stream_weights:
-        model = load_whole(reader, options.device, options.dtype, options.activations, options.memory_share)
+        kinds = (options.device, options.dtype, options.activations)
+        model = load_whole(reader, *kinds, options.memory_share, options.kv_dtype)
         return model, engine_config(model, options)
+    if options.kv_dtype != "auto":
+        raise UsageError(f"--kv-dtype {options.kv_dtype} needs a CUDA device", hint="leave out --weights stream")
     asked = (options.memory_bytes, options.max_batch_tokens, options.max_seqs, options.kv_memory_bytes)
     model, room = load_streamed(reader, options.device, options.dtype, options.activations, *asked)
     filled = replace(
@@ -261,8 +269,25 @@ def engine_config(model: Model, options: EmbeddedOptions) -> EngineConfig:
             f"a block size of {block_size} does not divide the attention chunk of {text.attention_chunk_size} tokens",
             hint=f"use a block size of {largest_block(text)}",
         )
+    max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
     kv_bytes = options.kv_memory_bytes
     if kv_bytes is None:
-        kv_bytes = default_kv_bytes(model.device, step_bytes(text, max_batch_tokens)) // options.memory_share
-    max_seqs = min(options.max_seqs or DEFAULT_MAX_SEQS, max_batch_tokens)
-    return EngineConfig(max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone)
+        step = _step_bytes(model, max_batch_tokens, max_seqs, block_size)
+        kv_bytes = default_kv_bytes(model.device, step) // options.memory_share
+    return EngineConfig(
+        max_batch_tokens, max_seqs, kv_bytes, block_size, options.prefix_cache, options.first_alone,
+        overlap=model.device.type == "cuda",
+    )  # fmt: skip
+
+
+def _step_bytes(model: Model, max_batch_tokens: int, max_seqs: int, block_size: int) -> int:
+    """What a step may take: the bound that `plan` computes with, or more where a device is seen to need more."""
+    bound = step_bytes(model.arch.text, max_batch_tokens)
+    if model.device.type != "cuda":
+        return bound
+    room_bytes, meter = free_device_bytes(model.device) // 2, DeviceMeter(model.device)
+    seen = worst_step_bytes(model, max_batch_tokens, max_seqs, block_size, room_bytes, meter)
+    torch.cuda.empty_cache()
+    if seen > bound:
+        note(f"a step takes {format_bytes(seen)} on {model.device}, not {format_bytes(bound)}: the KV cache is smaller")
+    return max(bound, seen)

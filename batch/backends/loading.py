@@ -14,12 +14,14 @@ from l4tool.core.sizes import format_bytes
 from quant.streaming import Room, divide, needed_bytes, weigh
 
 
-def load_whole(reader: Reader, device: str, dtype: str | None, activations: str, copies: int) -> Model:
+def load_whole(
+    reader: Reader, device: str, dtype: str | None, activations: str, copies: int, kv_dtype: str = "auto"
+) -> Model:
     """All weights in memory; `copies` processes do the same on this machine. Raises UsageError, DeviceError,
     CheckpointError."""
     if resolve_device(device).type == "cpu":
         require_memory([reader], dtype, copies)
-    return load_model(reader, device, dtype, activations)
+    return load_model(reader, device, dtype, activations, kv_dtype)
 
 
 def load_streamed(

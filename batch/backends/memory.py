@@ -24,9 +24,15 @@ CGROUP_FILES = {
 def default_kv_bytes(device: torch.device, step_bytes: int) -> int:
     """Bytes for the KV cache on `device` after the weights are loaded; `step_bytes`: what one step itself needs."""
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return device_kv_bytes(free_bytes, step_bytes)
+        return device_kv_bytes(free_device_bytes(device), step_bytes)
     return max(min(int(available_bytes() * CPU_SHARE), CPU_MOST_BYTES), 0)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What this process may still take of a CUDA device, within torch.cuda.set_per_process_memory_fraction."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    share_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
+    return max(min(free_bytes, share_bytes - torch.cuda.memory_reserved(device)), 0)
 
 
 def available_bytes() -> int:

@@ -6,6 +6,7 @@ The engine knows tokens and pixels, no text.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceIma
 from batch.engine.logit_rules import LogitRules, apply_rules
 from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
-from batch.engine.sampler import Draw, sample
+from batch.engine.sampler import Draw, Drawing, draw
 from batch.engine.scheduler import WINDOW, Scheduler
 from batch.engine.sequence import Piece, Sequence
 from batch.engine.stats import EngineStats
@@ -39,6 +40,8 @@ class EngineConfig:
     """Limits of one engine: tokens per step, sequences at a time, bytes of KV cache, tokens per KV block.
 
     `prefix_cache` False: nothing that was computed for one sequence is used for another. `first_alone`: see Scheduler.
+    `overlap`: while sequences only decode, the next step is on the device before the tokens of the last are read, so
+    that the device does not wait for the host; a sequence that ends computes one token for nothing.
     """
 
     max_batch_tokens: int
@@ -47,6 +50,16 @@ class EngineConfig:
     block_size: int
     prefix_cache: bool = True
     first_alone: bool = False
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on the device whose tokens have not been read. `times`: as in `EngineStats.count_step`, but the last."""
+
+    plan: list[Piece]
+    drawing: Drawing
+    times: list[float]
 
 
 class Engine:
@@ -71,10 +84,11 @@ class Engine:
         self.blocks = BlockManager(split.full, split.chunked, config.block_size, text.attention_chunk_size)
         self.scheduler = Scheduler(self.blocks, config.max_seqs, config.max_batch_tokens, config.first_alone)
         self.features = FeatureCache(encoder_of(model), MAX_FEATURE_BYTES if config.prefix_cache else 0)
-        self.runner = Runner(model, self.blocks, self.features)
+        self.runner = Runner(model, self.blocks, self.features, config.max_seqs)
         self.stats = EngineStats()
         self._good_steps = 0
         self._failures_in_a_row = 0
+        self._flight: Flight | None = None
         self._pixel_bytes = 0  # of all sequences that wait or run
 
     # -- the way in and out
@@ -144,13 +158,17 @@ class Engine:
 
     def close(self) -> None:
         """Drop the KV cache and the image features."""
-        self.runner.kv = None
+        self._flight = None
+        self.runner.close()
         self.features.clear()
 
     # -- one step
 
     def step(self) -> list[Sequence]:
         """Move on by one step; returns the sequences that got a token or ended. Needs `has_work`."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            return self._land(flight)
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         self.stats.schedule_s += time.perf_counter() - began
@@ -160,21 +178,52 @@ class Engine:
         return self._run(plan)
 
     def _run(self, plan: list[Piece]) -> list[Sequence]:
-        drawing = [piece.sequence for piece in plan if piece.wants_logits]
-        times = [time.perf_counter()]
         try:
-            step = self.runner.build(plan)
-            times.append(time.perf_counter())
-            logits = self.runner.forward(step)  # float32 [N, V]
-            times.append(time.perf_counter())
-            steps = [s.num_generated for s in drawing]
-            asked = apply_rules(logits, [s.rules for s in drawing], steps)
-            draws = sample(logits, [s.sampling for s in drawing], steps, asked)
-            times.append(time.perf_counter())
+            flight = self._launch(plan)
         except Exception as error:
             return self._recover(plan, error)
-        self._count(plan, times)
-        return self._advance(plan, drawing, draws)
+        return self._land(flight)
+
+    def _launch(self, plan: list[Piece], token_ids: torch.Tensor | None = None) -> Flight:
+        """Compute a step and draw its tokens, without waiting for either where the device computes by itself."""
+        drawing = [piece.sequence for piece in plan if piece.wants_logits]
+        ahead = token_ids is not None
+        times = [time.perf_counter()]
+        step = self.runner.build(plan, token_ids)
+        times.append(time.perf_counter())
+        logits = self.runner.forward(step)  # float32 [N, V]
+        times.append(time.perf_counter())
+        steps = [s.num_generated + ahead for s in drawing]
+        asked = apply_rules(logits, [s.rules for s in drawing], steps)
+        return Flight(plan, draw(logits, [s.sampling for s in drawing], steps, asked), times)
+
+    def _land(self, flight: Flight) -> list[Sequence]:
+        """Read a step's tokens, once the next step is on its way where that can be. Sequences that have ended or lost
+        their blocks since it was launched get nothing of it."""
+        live = [not piece.ahead or self._is_live(piece) for piece in flight.plan]
+        following = None
+        if self.config.overlap and all(live):
+            plan = self.scheduler.look_ahead(flight.plan)
+            # What fails here fails again, and is then dealt with, when the step is taken in the ordinary way.
+            with contextlib.suppress(Exception):
+                following = self._launch(plan, flight.drawing.tokens) if plan else None
+        try:
+            draws = flight.drawing.result()
+        except Exception as error:
+            if not any(live):
+                raise
+            return self._recover([piece for piece, alive in zip(flight.plan, live, strict=True) if alive], error)
+        self._flight = following
+        drawn = iter(draws)
+        rows = [(piece, next(drawn) if piece.wants_logits else None) for piece in flight.plan]
+        kept = [row for row, alive in zip(rows, live, strict=True) if alive]
+        pieces = [piece for piece, _ in kept]
+        self._count(pieces, [*flight.times, time.perf_counter()])
+        found = [(piece.sequence, drew) for piece, drew in kept if drew is not None]
+        return self._advance(pieces, [sequence for sequence, _ in found], [drew for _, drew in found])
+
+    def _is_live(self, piece: Piece) -> bool:
+        return piece.sequence in self.scheduler.running and piece.sequence.num_computed == piece.start
 
     def _advance(self, plan: list[Piece], drawing: list[Sequence], draws: list[Draw]) -> list[Sequence]:
         """The step was computed: book it, hand out the tokens, let go of what is over."""
@@ -182,11 +231,11 @@ class Engine:
             self.scheduler.book(piece)
             if piece.sequence.images is not None:
                 piece.sequence.images.forget(piece.end)
-        for sequence, draw in zip(drawing, draws, strict=True):
-            if draw.token is None:
+        for sequence, drew in zip(drawing, draws, strict=True):
+            if drew.token is None:
                 sequence.error = ("model_error", "the model's output is not finite (NaN or infinity)")
             else:
-                sequence.append(draw.token, draw.logprob)
+                sequence.append(drew.token, drew.logprob)
             if sequence.is_over:
                 self._release(sequence)
         return drawing
@@ -274,7 +323,7 @@ class Engine:
 
     def _split(self, at_least: BlockNeed) -> BlockNeed | None:
         text, config = self.model.arch.text, self.config
-        return pools(text, config.kv_bytes, config.block_size, self.model.dtype.itemsize, config.max_seqs, at_least)
+        return pools(text, config.kv_bytes, config.block_size, self.model.kv_dtype.itemsize, config.max_seqs, at_least)
 
     def _rebalance(self, need: BlockNeed) -> bool:
         """Divide the KV memory anew so that a longer request than any before fits; running ones are recomputed."""
@@ -287,11 +336,11 @@ class Engine:
             return False
         while self.scheduler.running:
             self.scheduler.preempt(self.scheduler.youngest)
-        self.runner.kv = None  # the old cache goes before the new one comes
+        self.runner.close()  # the old cache goes before the new one comes
         self._longest = longest
         self.blocks = BlockManager(split.full, split.chunked, self.blocks.block_size, self.blocks.chunk_size)
         self.scheduler.blocks = self.blocks
-        self.runner = Runner(self.model, self.blocks, self.features)
+        self.runner = Runner(self.model, self.blocks, self.features, self.config.max_seqs)
         return True
 
     def _count(self, plan: list[Piece], times: list[float]) -> None:

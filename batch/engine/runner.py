@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from batch.engine.blocks import BlockManager, BlockTable
+from batch.engine.graphs import CaptureError, Capturer, DecodeGraphs, can_capture
 from batch.engine.image_features import Encode, FeatureCache
 from batch.engine.sequence import Piece, Sequence
 from batch.model.head import LogitRows
@@ -18,6 +19,7 @@ from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
 from batch.model.model import Model
 from batch.requests import ImageTiles
+from l4tool.core.console import note
 from l4tool.core.errors import L4Error
 
 
@@ -31,38 +33,54 @@ class ImageEncodingError(Exception):
 
 
 class Runner:
-    """Runs steps of one model on one KV cache. Pictures are encoded through `features`."""
+    """Runs steps of one model on one KV cache, of `max_seqs` sequences at most. Pictures are encoded through
+    `features`."""
 
-    def __init__(self, model: Model, blocks: BlockManager, features: FeatureCache) -> None:
+    def __init__(self, model: Model, blocks: BlockManager, features: FeatureCache, max_seqs: int) -> None:
         self.model = model
         self.blocks = blocks
         self.features = features
-        self._on_cpu = model.device.type == "cpu"
         self.kv: KVCache | None = model.allocate_kv(
             blocks.full.num_blocks, blocks.chunked.num_blocks, blocks.block_size
         )
+        self.graphs: DecodeGraphs | None = None
+        if model.device.type == "cuda" and can_capture(model, self.kv):
+            self.graphs = DecodeGraphs(model, self.kv, blocks, max_seqs, Capturer())
+
+    def close(self) -> None:
+        """Drop the cache, and the graphs that write to it."""
+        self.kv = self.graphs = None
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits float32 [N, V] of the pieces that want them."""
         assert self.kv is not None, "the engine is closed"
-        return self.model.forward(step, self.kv)
+        if self.graphs is not None and self.graphs.takes(step):
+            try:
+                return self.graphs.rows(step).logits()
+            except CaptureError as error:
+                note(f"{self.model.device} captures no steps ({error}): decoding launches every kernel by itself")
+                self.graphs = None
+        return self.model.forward(step.to(self.model.device), self.kv)
 
     def rows(self, step: StepInput) -> LogitRows:
         """The same rows before the head."""
         assert self.kv is not None, "the engine is closed"
-        return self.model.rows(step, self.kv)
+        return self.model.rows(step.to(self.model.device), self.kv)
 
-    def build(self, plan: list[Piece]) -> StepInput:
-        """StepInput of a plan, on the model's device. Raises ImageEncodingError naming the sequence."""
-        tokens: list[int] = []
-        for p in plan:
-            tokens += p.sequence.tokens[p.start : p.end]
+    def build(self, plan: list[Piece], token_ids: torch.Tensor | None = None) -> StepInput:
+        """StepInput of a plan, on the CPU but for image features, and for `token_ids` int64 [T] where the host does not
+        know them yet. Raises ImageEncodingError naming the sequence."""
+        if token_ids is None:
+            tokens: list[int] = []
+            for p in plan:
+                tokens += p.sequence.tokens[p.start : p.end]
+            token_ids = torch.from_numpy(np.array(tokens, np.int64))
         starts, ends = np.array([(p.start, p.end) for p in plan]).T  # [S] each
         lengths = ends - starts
         query_start = np.zeros(len(plan) + 1, np.int64)
         np.cumsum(lengths, out=query_start[1:])
         owner = np.repeat(np.arange(len(plan)), lengths)  # [T], which piece a token belongs to
-        positions = np.arange(len(tokens)) + (starts - query_start[:-1])[owner]
+        positions = np.arange(len(owner)) + (starts - query_start[:-1])[owner]
         held = [p.sequence.held for p in plan]
         chunk_start = np.array([h.chunk_start for h in held])
         image_rows, image_features = self._images(plan, query_start)
@@ -70,13 +88,13 @@ class Runner:
         wanted = [np.arange(p.logits_from, p.end) + shift for p, shift in zip(plan, shifts, strict=True)]
 
         return StepInput(
-            token_ids=self._tensor(np.array(tokens, np.int64)),
-            positions=self._tensor(positions),
-            query_start=self._tensor(query_start.astype(np.int32)),
-            context_len=self._tensor(ends.astype(np.int32)),
+            token_ids=token_ids,
+            positions=torch.from_numpy(positions),
+            query_start=torch.from_numpy(query_start.astype(np.int32)),
+            context_len=torch.from_numpy(ends.astype(np.int32)),
             full=self._kind([h.full for h in held], np.zeros_like(chunk_start), positions, owner),
             chunked=self._kind([h.chunked for h in held], chunk_start, positions, owner),
-            logits_rows=self._tensor(np.concatenate(wanted)),
+            logits_rows=torch.from_numpy(np.concatenate(wanted)),
             max_query_len=int(lengths.max()),
             max_context_len=int(ends.max()),
             image_rows=image_rows,
@@ -93,14 +111,10 @@ class Runner:
             row[: blocks.length] = blocks.ids
         block, within = np.divmod(positions - kv_start[owner], size)  # [T], within the cached part
         return PagedKind(
-            block_table=self._tensor(table),
-            kv_start=self._tensor(kv_start.astype(np.int32)),
-            slots=self._tensor(table[owner, block].astype(np.int64) * size + within),
+            block_table=torch.from_numpy(table),
+            kv_start=torch.from_numpy(kv_start.astype(np.int32)),
+            slots=torch.from_numpy(table[owner, block].astype(np.int64) * size + within),
         )
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_cpu else tensor.to(self.model.device)
 
     def _images(self, plan: list[Piece], query_start: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """image_rows int64 [P] and image_features [P, H] of the step, or None twice."""
@@ -125,7 +139,7 @@ class Runner:
             features += pieces
         if not features:
             return None, None
-        return torch.from_numpy(np.concatenate(rows)).to(self.model.device), torch.cat(features)
+        return torch.from_numpy(np.concatenate(rows)), torch.cat(features)
 
     def _together(self, images: list[ImageTiles]) -> Encode:
         """Encode all pictures that a step lacks at once, whoever asked for them; the result looks them up. Where that

@@ -42,9 +42,42 @@ def derive_seed(seed: int, *counters: int) -> int:
     return key
 
 
+class Drawing:
+    """Tokens that have been drawn on the device, int64 [N], and are on their way to the host."""
+
+    def __init__(
+        self, tokens: torch.Tensor, best: torch.Tensor, raw: torch.Tensor, params: list[SamplingParams]
+    ) -> None:
+        self.tokens = tokens
+        self._raw, self._params = raw, params
+        both = torch.stack([tokens, torch.isfinite(best).long()])
+        self._event: torch.cuda.Event | None = None
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.current_stream(both.device).record_event()
+        else:
+            self._host = both
+
+    def result(self) -> list[Draw]:
+        """Waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids, finite = self._host.tolist()
+        logprobs = _logprobs(self._raw, self._params, ids)
+        return [Draw(token, logprobs.get(i)) if finite[i] else Draw(None) for i, token in enumerate(ids)]
+
+
 def sample(
     logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
 ) -> list[Draw]:
+    """One token per row, as `draw`."""
+    return draw(logits, params, steps, asked).result()
+
+
+def draw(
+    logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
+) -> Drawing:
     """One token per row of logits (float32 [N, V]); `steps[i]` counts row i's tokens drawn before.
 
     `asked` are the logits after the requests' own rules (penalties, grammars), where there are any: tokens are drawn
@@ -61,11 +94,7 @@ def sample(
             keys = [_signed(derive_seed(params[i].seed, steps[i])) for i in part]
             asking = [params[i] for i in part]
             tokens[index] = _draw(logits[index], torch.tensor(keys, device=logits.device), asking, FIRST_CANDIDATES)
-    ids, finite = tokens.tolist(), torch.isfinite(best).tolist()
-    logprobs = _logprobs(raw, params, ids)
-    if not logprobs and all(finite):
-        return [Draw(token) for token in ids]
-    return [Draw(ids[i], logprobs.get(i)) if finite[i] else Draw(None) for i in range(len(params))]
+    return Drawing(tokens, best, raw, params)
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

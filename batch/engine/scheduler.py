@@ -48,6 +48,7 @@ class Scheduler:
         self._first: Sequence | None = None  # runs alone
         self._plan: dict[int, Piece] = {}
         self._budget = 0
+        self._left_waiting = 0  # after the last step was planned
 
     def add(self, sequence: Sequence) -> None:
         assert self.blocks.fits_alone(sequence.max_len), "this sequence can never fit"
@@ -76,7 +77,24 @@ class Scheduler:
                 self._give_turn(sequence)
         if self.num_preemptions == preempted_before and self.waiting and self._may_admit():
             self._admit()
+        self._left_waiting = len(self.waiting)
         return list(self._plan.values())
+
+    def look_ahead(self, plan: list[Piece]) -> list[Piece]:
+        """The step after `plan`, whose tokens are not known yet, where that can be no other than one more token of each
+        running sequence, in blocks that they hold; else nothing, also where somebody has come who may be admitted."""
+        if self.admitted or len(self.waiting) > self._left_waiting or len(plan) != len(self.running):
+            return []
+        ahead = [Piece(piece.sequence, piece.end, piece.end + 1, ahead=True) for piece in plan]
+        return ahead if all(self._goes_on(piece) for piece in plan) else []
+
+    def _goes_on(self, piece: Piece) -> bool:
+        """One token, after which there is surely a next step, but for what the token itself may end."""
+        sequence, end = piece.sequence, piece.end
+        return (
+            piece.length == 1 and piece.wants_logits and sequence.rules is None
+            and end + 1 < sequence.max_len and self.blocks.holds(sequence.held, end, end + 1)
+        )  # fmt: skip
 
     def book(self, piece: Piece) -> None:
         """The piece was computed; the blocks that it completed can be shared from now on."""

@@ -83,11 +83,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one sequence does in one step: computes tokens[start:end], all within one attention chunk."""
+    """What one sequence does in one step: computes tokens[start:end], all within one attention chunk. `ahead`: one
+    token, which is drawn but has not reached the host yet."""
 
     sequence: Sequence
     start: int
     end: int
+    ahead: bool = False
 
     @property
     def length(self) -> int:
@@ -104,4 +106,4 @@ class Piece:
     @property
     def wants_logits(self) -> bool:
         """The piece reaches the last known token, so the next one can be drawn."""
-        return self.end == len(self.sequence.tokens)
+        return self.ahead or self.end == len(self.sequence.tokens)

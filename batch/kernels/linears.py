@@ -4,6 +4,7 @@ for the CPU's bfloat16 kernels, dense and INT4 weights packed in panels.
 Legend: N out features, K in features, G group size. Every weight is [out, in]; y = x · weightᵀ, no bias.
 A panel holds 32 out features ("columns"), P = N / 32. Gated weights interleave gate and up: columns 0 … 15 of panel p
 are rows 16p … of gate, 16 … 31 the same rows of up, so that one register tile ends in silu(gate) · up.
+`derived`, of every weight: what kernels work out once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class DenseLinear:
     """weight [N, K] in the activation dtype."""
 
     weight: torch.Tensor
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -46,6 +48,7 @@ class Int4Linear:
     packed: torch.Tensor
     scale: torch.Tensor
     group_size: int
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -69,6 +72,7 @@ class Fp8Linear:
     weight: torch.Tensor
     scale: torch.Tensor
     dynamic_activations: bool
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -87,6 +91,7 @@ class FusedLinear:
     """Several linears over the same input; outputs follow one another (q, k, v or gate, up) without joining storage."""
 
     parts: tuple[DenseLinear | Int4Linear | Fp8Linear, ...]
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -104,7 +109,7 @@ class FusedLinear:
 class PanelLinear:
     """words int32 [P, K/2, 32]: word [p, j, c] is column c of panel p at k = 2j (low half) and 2j + 1, bfloat16.
 
-    Columns past `out_features` in the last panel are 0. `derived`: what kernels work out once.
+    Columns past `out_features` in the last panel are 0.
     """
 
     words: torch.Tensor
@@ -134,7 +139,7 @@ class PanelInt4Linear:
     """words int32 [P, K/8, 32]: bits 4(4h + i) of word [p, j, c] hold q + 8 of column c at k = 8j + 2i + h.
 
     scale bfloat16 [P, K/128, 32]; weight = q · scale. int8_activations: the input is quantized to int8, in groups of
-    128 per token (scale absmax / 127), before the product. `derived`: what kernels work out once.
+    128 per token (scale absmax / 127), before the product.
     """
 
     words: torch.Tensor
@@ -171,7 +176,7 @@ class PanelInt4Linear:
 class PanelFp8Linear:
     """words int32 [P, K/4, 32]: byte b of word [p, j, c] is column c of panel p at k = 4j + b, float8_e4m3fn.
 
-    scale float32 [P, 32]; dynamic_activations: as in Fp8Linear. `derived`: what kernels work out once.
+    scale float32 [P, 32]; dynamic_activations: as in Fp8Linear.
     """
 
     words: torch.Tensor
@@ -216,10 +221,7 @@ Linear = DenseLinear | Int4Linear | Fp8Linear | FusedLinear | Panels
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """The routed experts of one layer: gate_up[e] maps H → 2I (gate rows first), down[e] maps I → H.
-
-    `derived`: what kernels work out once.
-    """
+    """The routed experts of one layer: gate_up[e] maps H → 2I (gate rows first), down[e] maps I → H."""
 
     gate_up: tuple[Linear, ...]
     down: tuple[Linear, ...]

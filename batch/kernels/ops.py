@@ -1,4 +1,5 @@
-"""The one dispatcher: CPU tensors go to the compiled kernels of cpu.py, everything else to reference.py.
+"""The one dispatcher: CPU tensors go to the compiled kernels of cpu.py, CUDA tensors to the Triton kernels of cuda.py,
+everything else to reference.py.
 
 Arguments and results are those of the functions of the same names in reference.py.
 """
@@ -17,18 +18,31 @@ from batch.kernels.linears import Experts, Linear
 from batch.kernels.paging import LayerCache, PagedBatch
 
 CPU_DTYPES = (torch.bfloat16, torch.float32)
-_reference_only = False
+_only: str | None = None  # "reference" or "cuda": what everything goes through, whatever its device
 
 
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Run everything through reference.py, as a device without kernels does."""
-    global _reference_only
-    before, _reference_only = _reference_only, True
+    with _everything_through("reference"):
+        yield
+
+
+@contextlib.contextmanager
+def cuda_only() -> Iterator[None]:
+    """Run CPU tensors through the kernels for CUDA, in Triton's interpreter: see triton_support.py."""
+    with _everything_through("cuda"):
+        yield
+
+
+@contextlib.contextmanager
+def _everything_through(kernels: str) -> Iterator[None]:
+    global _only
+    before, _only = _only, kernels
     try:
         yield
     finally:
-        _reference_only = before
+        _only = before
 
 
 @functools.cache
@@ -39,9 +53,17 @@ def _cpu() -> Any:
     return cpu
 
 
+@functools.cache
+def _cuda() -> Any:
+    """Imported on first use: a CPU run does without Triton."""
+    from batch.kernels import cuda
+
+    return cuda
+
+
 def packer(device: torch.device, dtype: torch.dtype) -> Any:
     """panels.py where weights for activations of `dtype` on `device` are to be packed in panels, else None."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or dtype != torch.bfloat16 or _only == "cuda":
         return None
     from batch.kernels import panels, vector_ir
 
@@ -49,7 +71,11 @@ def packer(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _kernels(x: torch.Tensor) -> Any:
-    if x.device.type == "cpu" and x.dtype in CPU_DTYPES and not _reference_only:
+    if _only == "reference":
+        return reference
+    if (x.is_cuda or _only == "cuda") and _cuda().runs_on(x):
+        return _cuda()
+    if x.device.type == "cpu" and x.dtype in CPU_DTYPES:
         return _cpu()
     return reference
 
@@ -74,9 +100,20 @@ def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale
 
 def packs_cache(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
     """Whether a KV cache of this kind is to be packed (see `LayerCache`): only where the kernels gain by it."""
-    if device.type != "cpu" or dtype not in CPU_DTYPES or _reference_only:
+    if device.type != "cpu" or dtype not in CPU_DTYPES or _only is not None:
         return False
     return bool(_cpu().packs_cache(dtype, block_size, head_dim))
+
+
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether tensors there go through cuda.py, whose kernels want linears over the same input in one tensor, while a
+    CPU reads them where they are mapped."""
+    return device.type == "cuda" or _only == "cuda"
+
+
+def captures(experts: list[Experts], cache: LayerCache, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decoding steps of a model with these layers can be captured in CUDA graphs."""
+    return has_cuda_kernels(device) and _only != "reference" and bool(_cuda().captures(experts, cache, dtype))
 
 
 def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:

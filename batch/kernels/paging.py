@@ -12,6 +12,8 @@ import torch
 
 from batch.kernels.sharing import Piece, Share, group_pieces
 
+FP8_MAX = 448.0  # largest float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -19,6 +21,7 @@ class LayerCache:
 
     Plain: k and v [N, B, K, D]. Packed: k [N, K, D/2, B, 2] and v [N, K, B/2, D, 2], so that a vector holds pairs of
     dims of 16 keys, or pairs of keys at 16 dims, which is what the CPU multiplies pairs of bfloat16 in.
+    A plain one may be float8_e4m3fn: values as they are, cut off at ±448.
     """
 
     k: torch.Tensor
@@ -48,6 +51,9 @@ class LayerCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [*shape of blocks, B, K, D] of int64 block ids, copied."""
+        if self.k.dtype == torch.float8_e4m3fn:
+            k, v = (held.view(torch.uint8)[blocks].view(held.dtype) for held in (self.k, self.v))
+            return k, v
         k, v = self.k[blocks], self.v[blocks]
         if not self.packed:
             return k, v
@@ -56,6 +62,11 @@ class LayerCache:
 
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k and v [T, K, D] go to slots int64 [T] (block · B + offset)."""
+        if self.k.dtype == torch.float8_e4m3fn:
+            for mine, new in ((self.k, k), (self.v, v)):
+                held = new.clamp(-FP8_MAX, FP8_MAX).to(mine.dtype).view(torch.uint8)
+                mine.view(torch.uint8).flatten(0, 1)[slots] = held  # [N · B, K, D]
+            return
         if not self.packed:
             self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots] = k, v  # [N · B, K, D]
             return

@@ -21,9 +21,7 @@ from batch.kernels.linears import (
     PanelInt4Linear,
     PanelLinear,
 )
-from batch.kernels.paging import LayerCache, PagedBatch
-
-FP8_MAX = 448.0  # largest float8_e4m3fn
+from batch.kernels.paging import FP8_MAX, LayerCache, PagedBatch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -101,7 +99,7 @@ def paged_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, scale
         if begin == end:
             continue
         k, v = cache.read(batch.block_table[seq, : -(-context // cache.block_size)].long())
-        k, v = k.flatten(0, 1)[:context], v.flatten(0, 1)[:context]  # [C, K, D]
+        k, v = k.flatten(0, 1)[:context].to(q.dtype), v.flatten(0, 1)[:context].to(q.dtype)  # [C, K, D]
         out[begin:end] = causal_attention(q[begin:end], k, v, scale)
     return out.flatten(1)  # [T, A·D]
 
@@ -130,7 +128,7 @@ def _decode_attention(q: torch.Tensor, cache: LayerCache, batch: PagedBatch, sca
     """One query per sequence, all sequences padded to the longest in one call: q [S, A, D] → [S, A·D]."""
     num_blocks = -(-batch.max_context_len // cache.block_size)
     k, v = cache.read(batch.block_table[:, :num_blocks].long())
-    k, v = k.flatten(1, 2), v.flatten(1, 2)  # [S, C, K, D]
+    k, v = k.flatten(1, 2).to(q.dtype), v.flatten(1, 2).to(q.dtype)  # [S, C, K, D], copies
     visible = torch.arange(k.shape[1], device=q.device) < batch.cached_len[:, None]  # [S, C]
     # Padding lies in other sequences' blocks: weight 0 times their NaN, should one have it, would be NaN here.
     k.masked_fill_(~visible[:, :, None, None], 0)

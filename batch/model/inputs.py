@@ -10,9 +10,12 @@ cached positions kv_start ≤ position ≤ p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,16 @@ class StepInput:
     max_context_len: int
     image_rows: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> StepInput:
+        """The same step on a device; itself where it is there. Tokens drawn on the device are there before the rest."""
+        if self.positions.device == device:
+            return self
+        return replace(_moved(self, device), full=_moved(self.full, device), chunked=_moved(self.chunked, device))
+
+
+def _moved(of: T, device: torch.device) -> T:
+    """A dataclass with its tensors on a device."""
+    tensors = {field.name: getattr(of, field.name) for field in fields(of)}  # type: ignore[arg-type]
+    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return replace(of, **moved)  # type: ignore[type-var]

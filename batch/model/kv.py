@@ -18,7 +18,7 @@ from l4tool.core.pages import fresh_pages
 
 @dataclass(frozen=True)
 class KVCache:
-    """Every layer's keys and values in the activation dtype; block ids are per kind."""
+    """Every layer's keys and values; block ids are per kind."""
 
     layers: tuple[LayerCache, ...]
     block_size: int

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 
+from batch.kernels import ops
 from batch.model import kv as paged
 from batch.model.head import LogitRows
 from batch.model.inputs import StepInput
 from batch.model.kv import KVCache
+from batch.model.loading import load_weights
 from batch.model.stream import StreamedText, VisionOnDemand
 from batch.model.text import TextModel
-from batch.model.vision import VisionModel, load_vision
-from batch.model.weights import Loader, load_text, nbytes_of
+from batch.model.vision import VisionModel
+from batch.model.weights import nbytes_of
 from batch.requests import ImageTiles
 from converters.disk import WeightFiles
 from converters.reader import Reader
@@ -29,23 +32,24 @@ class Model:
 
     def __init__(
         self, arch: Arch, text: TextModel, vision: VisionModel | VisionOnDemand | None, device: torch.device,
-        dtype: torch.dtype, files: WeightFiles | None = None,
+        dtype: torch.dtype, files: WeightFiles | None = None, kv_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.arch, self.text, self.vision = arch, text, vision
         self.device, self.dtype = device, dtype
+        self.kv_dtype = kv_dtype or dtype  # of keys and values in the cache
         self._files = files  # that weights are streamed from
         tower = vision.weights if isinstance(vision, VisionModel) else None
         self.weights_nbytes = nbytes_of(text.weights) + nbytes_of(tower)  # of those that stay in memory
 
     def kv_bytes_per_block(self, kind: Kind, block_size: int) -> int:
         """Bytes of one KV block ("full" or "chunked") over all its layers."""
-        return bytes_per_block(self.arch.text, kind, block_size, self.dtype.itemsize)
+        return bytes_per_block(self.arch.text, kind, block_size, self.kv_dtype.itemsize)
 
     def allocate_kv(self, num_full_blocks: int, num_chunked_blocks: int, block_size: int) -> KVCache:
         """An empty paged cache. Raises DeviceError when it does not fit."""
         try:
             return paged.allocate(
-                self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.dtype
+                self.arch.text, num_full_blocks, num_chunked_blocks, block_size, self.device, self.kv_dtype
             )
         except (MemoryError, RuntimeError) as error:
             raise DeviceError(f"the KV cache does not fit: {error}", hint="give a smaller --kv-memory") from error
@@ -93,21 +97,27 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     activations: str = "auto",
+    kv_dtype: str = "auto",
 ) -> Model:
     """Load every weight of a checkpoint. dtype None: the checkpoint's own. activations "int8": inputs of INT4 weights
-    are quantized before each product. Raises DeviceError, UsageError, CheckpointError."""
+    are quantized before each product. kv_dtype "fp8": keys and values are cached in e4m3. Raises DeviceError,
+    UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
-    loader = Loader(reader, where, kind, activations)
+    if kv_dtype == "fp8" and not ops.has_cuda_kernels(where):
+        raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave the option out")
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # kernels are launched on the current one
     try:
         with torch.inference_mode():
-            text = TextModel(reader.arch.text, load_text(loader, reader.arch.text))
-            tower = reader.arch.vision
-            vision = VisionModel(tower, load_vision(loader, tower)) if tower is not None else None
+            weights, tower = load_weights(reader, where, kind, activations)
+            text = TextModel(reader.arch.text, weights)
+            vision = None if tower is None or reader.arch.vision is None else VisionModel(reader.arch.vision, tower)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{reader.path} does not fit on {where}: {error}", hint="quantize it first: l4tool quantize --int4"
         ) from error
-    return Model(reader.arch, text, vision, where, kind)
+    held = torch.float8_e4m3fn if kv_dtype == "fp8" else None
+    return Model(reader.arch, text, vision, where, kind, kv_dtype=held)
 
 
 def stream_model(
@@ -139,6 +149,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (where.index or 0) >= count:
         raise DeviceError(f"device {where} is not available: torch sees {count} CUDA devices", hint="use --device cpu")
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError(f"device {where} needs Triton, which is not installed", hint="pip install 'l4tool[cuda]'")
     return where
 
 

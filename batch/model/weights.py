@@ -3,12 +3,13 @@
 Weights are copied once into the form the kernels want (q/k/v and gate/up joined, experts of a layer in one tensor):
 dense and INT4 ones in panels where this CPU has the kernels for it, else dense ones as [out, in]. The file's pages are
 let go as they are copied: the peak is the weights plus one layer. Other quantized weights stay where the Reader maps
-them (CPU) or go to the device as they are stored; nothing is expanded.
+them (CPU) or go to the device as they are stored, joined; nothing is expanded. What goes to a device takes no memory of
+the host's but the mapped pages of one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from batch.kernels.linears import (
     PanelInt4Linear,
     PanelLinear,
 )
+from batch.model.upload import Upload
+from converters.quant_config import LinearFormat
 from converters.reader import Reader
 from l4tool.core.arch import TextArch
 from l4tool.core.errors import CheckpointError, UsageError
@@ -92,6 +95,10 @@ class Loader:
     def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype, activations: str = "auto") -> None:
         self.reader, self.device, self.dtype = reader, device, dtype
         self.packer = ops.packer(device, dtype)
+        self.joins_parts = device.type == "meta" or ops.has_cuda_kernels(device)  # meta: asks for what a device would
+        self._copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+        if self.joins_parts and device.type != "meta":
+            self._copy = Upload(device).copy
         self.int8_activations = activations == "int8"
         if self.int8_activations:
             self._require_int8()
@@ -111,7 +118,7 @@ class Loader:
         """A private, contiguous copy; the file's pages are released."""
         source = self.reader.read(name)
         copy = torch.empty(source.shape, dtype=self.dtype, device=self.device)
-        copy.copy_(source)
+        self._copy(copy, source)
         self.reader.release(name)
         return copy
 
@@ -141,6 +148,8 @@ class Loader:
                     return self._int4_panels(names, gated)
             elif self.packer.packs_fp8(*self._shapes(names[0], "weight"), gated):
                 return self._fp8_panels(names, gated, form.dynamic_activations)
+        if self.joins_parts and form is not None and self._can_join(names, form, forms):
+            return tuple(self._joined(group, form) for group in names)
         joined = [tuple(self._part(prefix) for prefix in group) for group in names]
         return tuple(parts[0] if len(parts) == 1 else FusedLinear(parts) for parts in joined)
 
@@ -198,11 +207,37 @@ class Loader:
         for prefix in (prefix for group in names for prefix in group):
             self.reader.release(f"{prefix}.{suffix}")
 
+    def _can_join(self, names: list[list[str]], form: LinearFormat, forms: list[LinearFormat | None]) -> bool:
+        infos = self.reader.tensors()
+        scales = {infos[f"{prefix}.weight_scale"].dtype for group in names for prefix in group}
+        return form.is_native and forms.count(form) == len(forms) and scales == {torch.bfloat16}
+
+    def _joined(self, prefixes: list[str], form: LinearFormat) -> Int4Linear | Fp8Linear:
+        """Linears over the same input as one, as they are stored; INT4 scales turned, so that those of a group of k lie
+        side by side, as the kernels read them."""
+        suffix = "weight_packed" if form.kind == "int4" else "weight"
+        rows, columns = self._shapes(prefixes, suffix)
+        _, groups = self._shapes(prefixes, "weight_scale")
+        dtype = torch.int32 if form.kind == "int4" else torch.float8_e4m3fn
+        values = torch.empty((sum(rows), columns), dtype=dtype, device=self.device)
+        scale = torch.empty((groups, sum(rows)), dtype=torch.bfloat16, device=self.device).T
+        first = 0
+        for prefix, count in zip(prefixes, rows, strict=True):
+            part = slice(first, first + count)
+            self._copy(values[part], self.reader.read(f"{prefix}.{suffix}"))
+            self._copy(scale[part], self.reader.read(f"{prefix}.weight_scale").reshape(-1, groups))
+            self.reader.release(f"{prefix}.{suffix}")
+            first += count
+        if form.kind == "int4":
+            assert form.group_size
+            return Int4Linear(values, scale, form.group_size)
+        return Fp8Linear(values, scale, form.dynamic_activations)
+
     def _fill(self, joined: torch.Tensor, prefixes: tuple[str, ...] | list[str]) -> None:
         row = 0
         for prefix in prefixes:
             source = self.reader.read(f"{prefix}.weight")
-            joined[row : row + source.shape[0]].copy_(source)
+            self._copy(joined[row : row + source.shape[0]], source)
             row += source.shape[0]
         for prefix in prefixes:
             self.reader.release(f"{prefix}.weight")

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from batch.backends.embedded import EmbeddedOptions, engine_config
-from batch.backends.memory import default_kv_bytes
+from batch.backends.memory import default_kv_bytes, free_device_bytes
+from batch.backends.profiling import worst_step_bytes
 from batch.engine.engine import Engine
+from batch.engine.image_features import TILES_AT_ONCE
 from batch.model.model import load_model
 from batch.requests import SamplingParams
 from converters.detect import open_checkpoint
@@ -62,14 +64,77 @@ def test_kv_cache(case):
     assert memory.kv_bytes(text, 4096, 2, config.block_size) == foretold.kv_bytes_per_sequence
 
 
+def pretend_free(monkeypatch, free_bytes, total_bytes, share=1.0, reserved_bytes=0):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, total_bytes))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved_bytes)
+
+
 def test_the_cache_that_a_device_gets(case, monkeypatch):
     """With the weights on a GPU of 4 GiB, what CUDA then calls free gives the cache that was foretold."""
     folder, foretold = case
     model = load_model(open_checkpoint(folder))
     free_bytes = 4 * 2**30 - memory.CONTEXT_BYTES - model.weights_nbytes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 4 * 2**30))
+    pretend_free(monkeypatch, free_bytes, 4 * 2**30)
     device = torch.device("cuda")
     assert default_kv_bytes(device, memory.step_bytes(model.arch.text)) == foretold.kv_bytes
+
+
+def test_a_limit_on_the_process_counts(monkeypatch):
+    pretend_free(monkeypatch, free_bytes=1000, total_bytes=2000, share=0.5, reserved_bytes=300)
+    assert free_device_bytes(torch.device("cuda")) == 700
+    pretend_free(monkeypatch, free_bytes=100, total_bytes=2000, share=0.5, reserved_bytes=300)
+    assert free_device_bytes(torch.device("cuda")) == 100
+    pretend_free(monkeypatch, free_bytes=1000, total_bytes=2000, share=0.1, reserved_bytes=300)
+    assert free_device_bytes(torch.device("cuda")) == 0
+
+
+class Scale:
+    """A meter that counts what the model was given."""
+
+    def __init__(self, monkeypatch, model):
+        self.tokens, self.rows, self.tiles = [], [], 0
+        forward, encode = type(model).forward, type(model).encode_images
+
+        def weighed(model, step, kv):
+            self.tokens.append(len(step.token_ids))
+            self.rows.append(len(step.logits_rows))
+            return forward(model, step, kv)
+
+        def encoded(model, images):
+            self.tiles += sum(len(image.pixels) for image in images)
+            return encode(model, images)
+
+        monkeypatch.setattr(type(model), "forward", weighed)
+        monkeypatch.setattr(type(model), "encode_images", encoded)
+
+    def start(self):
+        assert not self.tokens
+
+    def peak(self):
+        return 1000 * max(self.tokens) + max(self.rows)
+
+
+@pytest.mark.parametrize("room_bytes, largest", [(1 << 30, 96_006), (100_000, None)])
+def test_the_largest_step_is_run(scout_tiny, monkeypatch, room_bytes, largest):
+    model = load_model(open_checkpoint(scout_tiny))
+    scale = Scale(monkeypatch, model)
+    seen = worst_step_bytes(model, 96, 6, 16, room_bytes, scale)
+    assert sum(scale.tokens) == 96 and scale.tiles == TILES_AT_ONCE
+    assert seen == largest or (largest is None and seen < 96_006)  # with little room, in several steps
+
+
+def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):
+    model = load_model(open_checkpoint(scout_tiny))
+    model.device = torch.device("cuda")  # nothing is run on it
+    pretend_free(monkeypatch, 2**32, 2**32)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    bound = memory.step_bytes(model.arch.text)
+    for seen, expected in ((bound // 2, bound), (2 * bound, 2 * bound)):
+        monkeypatch.setattr("batch.backends.embedded.worst_step_bytes", lambda *asked, seen=seen: seen)
+        kv_bytes = engine_config(model, EmbeddedOptions()).kv_bytes
+        assert kv_bytes == memory.device_kv_bytes(2**32, expected)
+    assert capsys.readouterr().err.count("the KV cache is smaller") == 1
 
 
 @pytest.mark.gpu

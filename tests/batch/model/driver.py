@@ -86,7 +86,7 @@ class Driver:
             image_rows=torch.tensor(rows) if rows else None,
             image_features=torch.stack(features) if rows else None,
         )
-        logits = self.model.forward(step, self.kv)
+        logits = self.model.forward(step.to(self.model.device), self.kv)
         sizes = [count for _, count in work] if all_logits else [1] * len(work)
         return list(logits.split(sizes))
 

@@ -63,3 +63,28 @@ def test_weights_are_the_models_own(scout_tiny):
     before = model.text.weights.embed.clone()
     reader.close()
     assert torch.equal(model.text.weights.embed, before)
+
+
+def test_a_device_needs_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="needs Triton") as error:
+        resolve_device("cuda:1")
+    assert "l4tool[cuda]" in error.value.hint
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_kernels_are_launched_on_the_models_device(scout_tiny, monkeypatch):
+    chosen = []
+
+    def choose(device):
+        chosen.append(device)
+        raise KeyboardInterrupt  # there is no such device to go on with
+
+    monkeypatch.setattr("batch.model.model.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(open_checkpoint(scout_tiny), "cuda:1")
+    assert chosen == [torch.device("cuda:1")]

@@ -1,0 +1,64 @@
+"""What the largest step takes of a device's memory, found by running it on made-up requests."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from batch.engine.engine import Engine, EngineConfig
+from batch.engine.image_features import TILES_AT_ONCE
+from batch.model.model import Model
+from batch.requests import ImageTiles, SamplingParams
+from quant.memory import BlockNeed, blocks_bytes, ceil_div
+
+
+class Meter(Protocol):
+    """Measures the most memory taken at a time, in bytes above what was taken at the start."""
+
+    def start(self) -> None: ...
+
+    def peak(self) -> int: ...
+
+
+class DeviceMeter:
+    """What torch allocates on one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def worst_step_bytes(
+    model: Model, max_batch_tokens: int, max_seqs: int, block_size: int, room_bytes: int, meter: Meter
+) -> int:
+    """Bytes that a step of `max_batch_tokens` tokens takes, `max_seqs` of which draw a token with every filter on, or
+    the vision tower's largest step. Its own KV cache, of at most `room_bytes`, does not count and is gone afterwards.
+    Raises DeviceError where nothing fits."""
+    length = max(max_batch_tokens // max_seqs, 1)
+    blocks = max_seqs * (ceil_div(length + 1, block_size) + 1)
+    needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.kv_dtype.itemsize)
+    config = EngineConfig(max_batch_tokens, max_seqs, min(needed, room_bytes), block_size, prefix_cache=False)
+    engine = Engine(model, config, eos_token_ids=())
+    meter.start()
+    if model.arch.vision is not None:
+        side = model.arch.vision.image_size
+        tiles = np.zeros((TILES_AT_ONCE, model.arch.vision.num_channels, side, side), np.uint8)
+        engine.features.encode([ImageTiles(tiles, (TILES_AT_ONCE - 1, 1))])
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9)
+    for number in range(max_seqs):
+        engine.add(number, [0] * length, sampling)
+    while engine.has_work:
+        engine.step()
+    engine.close()
+    return meter.peak()

@@ -1,0 +1,3 @@
+"""Where kernels run in tests of benchmarks."""
+
+from tests.triton_device import device  # noqa: F401

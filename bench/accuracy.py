@@ -6,6 +6,8 @@
 
 Each scheme is `l4tool quantize`, then `l4tool eval --against` the source: the tool as a user runs it. `±` is the
 standard error of the share of right answers. KL(bfloat16 ‖ quantized) is over the answers' tokens, in nats a token.
+HQQ's float zero points fit only optimum-quanto's format, which no engine here runs: its values are put back as bfloat16
+(no size, and rounded once more than they would be).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,13 +25,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from converters.reader import TensorInfo  # noqa: E402
+from converters.writing.encoder import Scratch  # noqa: E402
 from l4tool.core.console import table  # noqa: E402
+from quant.quanto import GROUP_SIZE, QuantoInt4  # noqa: E402
 
 SCHEMES: dict[str, list[str]] = {
     "FP8": ["--fp8"],
     "INT4 absmax": ["--int4", "--scale", "absmax"],
     "INT4 MSE": ["--int4"],
-    "INT4 HQQ": ["--int4", "--scale", "hqq"],
+    "INT4 HQQ": [],
     "mixed": ["--mixed"],
     "mixed, FP8 attention": ["--mixed", "--attention", "fp8"],
 }
@@ -44,6 +53,29 @@ def evaluate(model: Path, source: Path, data: Path, folder: Path) -> dict[str, A
     out = folder / "figures.json"
     l4tool("eval", model, "--data", data, "--against", source, "--json", out)
     return json.loads(out.read_text())
+
+
+def hqq_values(weight: torch.Tensor) -> torch.Tensor:
+    """Matrices [..., out, in] as optimum-quanto's HQQ stores them, groups of 128 in features, in the same dtype."""
+    rows = weight.reshape(-1, 2 * GROUP_SIZE)  # its groups do not fit rows of just one
+    info = TensorInfo("weight", tuple(rows.shape), rows.dtype, rows.nbytes, "memory")
+    parts = {name: part for name, part, _ in QuantoInt4("hqq").encode(rows, info, "weight", 0, Scratch()).pieces}
+    packed = parts["weight._data._data"]
+    codes = torch.cat([packed & 15, packed >> 4])[: len(parts["weight._scale"])]
+    return (codes * parts["weight._scale"] - parts["weight._shift"]).to(weight.dtype).view(weight.shape)
+
+
+def write_hqq(source: Path, out: Path) -> None:
+    """A copy in bfloat16 whose experts, routed and shared, hold HQQ's values."""
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    for path in out.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if ".experts." in name:  # [E, in, out]
+                tensors[name] = hqq_values(tensor.mT.contiguous()).mT.contiguous()
+            elif ".shared_expert." in name:
+                tensors[name] = hqq_values(tensor)
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def size(folder: Path) -> int:
@@ -71,7 +103,10 @@ def main() -> None:
             if options:
                 model = work / "quantized"
                 l4tool("quantize", arguments.model, "-o", model, *options, "--force")
-            row = [scheme, f"{size(model) / 1e6:.2f}"]
+            elif "HQQ" in scheme:
+                model = work / "hqq"
+                write_hqq(arguments.model, model)
+            row = [scheme, "-" if "HQQ" in scheme else f"{size(model) / 1e6:.2f}"]
             for path in data:
                 found = evaluate(model, arguments.model, path, work)
                 figures[f"{scheme}, {path.stem}"] = found

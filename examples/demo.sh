@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=demo-out
 rm -rf "$out"
+mkdir "$out"
 
 step() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 

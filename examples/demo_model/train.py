@@ -166,7 +166,7 @@ def train(
     for step in range(arguments.steps + 1):
         progress = step / arguments.steps
         is_last = step in (arguments.steps, arguments.until)
-        if step % arguments.every == 0 or is_last:
+        if is_last or (step % arguments.every == 0 and (step > 0 or not arguments.polish)):
             mine = {task.__name__: right_share(network, encoder, task, EXAMINED, pad)
                     for task in TASKS[company.rank :: company.size]}  # fmt: skip
             everyone = company.gather((mine, routed))
@@ -216,11 +216,12 @@ def note(
     routed: torch.Tensor,
 ) -> None:  # fmt: skip
     """A line of the log, and the same on the screen; `before`: the last line of the training that this one polishes."""
+    spread = (routed / routed.sum(1, keepdim=True).clamp(min=1)).tolist()
     entry = {
         "step": before["step"] + step, "minutes": round(before["minutes"] + elapsed_s / 60, 2),
         "loss": round(sum(losses) / max(1, len(losses)), 4),
         "right": {name: round(share, 3) for name, share in shares.items()},
-        "routing": [[round(share, 3) for share in layer] for layer in (routed / routed.sum(1, keepdim=True)).tolist()],
+        "routing": [[round(share, 3) for share in layer] for layer in spread],
     }  # fmt: skip
     with log.open("a") as file:
         file.write(json.dumps(entry) + "\n")

@@ -89,13 +89,14 @@ def test_transformers_generates_the_same_answers(questions, tmp_path):
             file.write(json.dumps(line) + "\n")
             seen = encoder.encode(made)
             prompt = seen.ids[: len(seen.ids) - seen.answer[::-1].index(False)]
-            pixels = None
+            pictures = {}
             if made.pictures:
                 tiles = [make_tiles(picture, TileSpec(arch.vision.image_size)).pixels for picture in made.pictures]
-                pixels = (torch.cat([torch.from_numpy(each) for each in tiles]).float() / 255 - 0.5) / 0.5
+                pixels = torch.cat([torch.from_numpy(each) for each in tiles]).float()
+                pictures["pixel_values"] = (pixels / 255 - 0.5) / 0.5
             ids = model.generate(
                 input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                pixel_values=pixels, max_new_tokens=48, do_sample=False,
+                max_new_tokens=48, do_sample=False, **pictures,
             )[0, len(prompt) :].tolist()  # fmt: skip
             answers[made.task] = tokenizer.decode(ids)
     out = tmp_path / "out.jsonl"

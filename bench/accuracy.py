@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model" / "notllama-3m")
     parser.add_argument("--data", type=Path, nargs="+", help="lines with answers; else held-out questions")
     parser.add_argument("--per-task", type=int, default=500, help="held-out questions of each task")
+    parser.add_argument("--growth", default="1", help="of held-out questions: 2 are up to twice as long as in training")
     parser.add_argument("--json", type=Path, help="also write every figure here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -95,7 +96,8 @@ def main() -> None:
         data = arguments.data
         if not data:
             maker = ROOT / "examples" / "demo_model" / "held_out.py"
-            subprocess.run([sys.executable, maker, work, "--per-task", str(arguments.per_task)], check=True)
+            options = ["--per-task", str(arguments.per_task), "--growth", arguments.growth]
+            subprocess.run([sys.executable, maker, work, *options], check=True)
             data = [work / "text.jsonl", work / "pictures.jsonl"]
         rows, figures = [], {}
         for scheme, options in {"bfloat16": [], **SCHEMES}.items():

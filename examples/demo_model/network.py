@@ -47,9 +47,10 @@ class Seen:
 
 @dataclass
 class Byproducts:
-    """What else comes of one step: tokens per expert [L, E], the loss that evens them out, and what the vision tower
-    made of the tiles [image tokens, H]."""
+    """What else comes of one step: the expert of each token int64 [L, N] and tokens per expert [L, E], the loss that
+    evens them out, and what the vision tower made of the tiles [image tokens, H]. L: the MoE layers."""
 
+    chosen: torch.Tensor
     counts: torch.Tensor
     loss: torch.Tensor
     features: torch.Tensor | None
@@ -99,8 +100,8 @@ class Network:
             x = x + output
         x = self._norm(x[wanted.flatten()[place]], "language_model.model.norm.weight")
         logits = F.linear(x, p["language_model.lm_head.weight"])
-        counts, losses = zip(*routed, strict=True)
-        return logits, Byproducts(torch.stack(counts), torch.stack(losses).mean(), features)
+        chosen, counts, losses = (torch.stack(parts) for parts in zip(*routed, strict=True))
+        return logits, Byproducts(chosen, counts, losses.mean(), features)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.parameters[name], self.arch.text.rms_norm_eps)
@@ -133,8 +134,9 @@ class Network:
         gate, up, down = (self.parameters[f"{base}{name}_proj.weight"] for name in ("gate", "up", "down"))
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    def _experts(self, base: str, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """x [N, H] → shared plus routed expert [N, H]; tokens per expert [E] and the balancing loss.
+    def _experts(self, base: str, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """x [N, H] → shared plus routed expert [N, H]; each token's expert [N], tokens per expert [E] and the balancing
+        loss.
 
         The loss is the Switch Transformer's (Fedus et al. 2021, equation 4): E · Σ share of tokens · mean probability.
         """
@@ -151,7 +153,7 @@ class Network:
             gate, up = (rows @ gate_up[expert]).chunk(2, -1)
             outputs.append((F.silu(gate) * up) @ down[expert])
         routed = torch.cat(outputs)[order.argsort()]
-        return self._mlp(base + "shared_expert.", x) + routed, (counts, loss)
+        return self._mlp(base + "shared_expert.", x) + routed, (chosen, counts, loss)
 
 
 def vision_model(arch: VisionArch | None, p: Parameters) -> VisionModel:

@@ -4,7 +4,7 @@
   python examples/demo_model/plot.py MODEL training.png
 
 Also prints, for each layer, the smallest share of tokens that an expert gets, and how much a token's expert says about
-its task: their mutual information in bits.
+which token it is and about its task: mutual information in bits, of at most log2(experts).
 """
 
 from __future__ import annotations
@@ -36,19 +36,24 @@ from examples.demo_model.train import TASKS  # noqa: E402
 QUESTIONS = 50
 
 
-def routing(folder: Path) -> torch.Tensor:
-    """Tokens of held-out questions that each expert gets, float64 [tasks, L, E]."""
+def routing(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of held-out questions that each expert gets, by task float64 [tasks, L, E] and by token [V, L, E]."""
     arch, _ = read_arch(folder)
     files = [load_file(path) for path in folder.glob("*.safetensors")]
     parameters = {name: tensor.float() for file in files for name, tensor in file.items()}
     network, encoder = Network(arch, parameters), Encoder(Tokenizer.load(folder), arch)
-    counts = []
-    for task in TASKS:
+    text = arch.text
+    by_task = torch.zeros(len(TASKS), len(text.moe_layers), text.num_experts, dtype=torch.float64)
+    by_token = torch.zeros(text.vocab_size, *by_task.shape[1:], dtype=torch.float64)
+    layers, one = torch.arange(by_task.shape[1])[:, None], torch.ones((), dtype=torch.float64)
+    for number, task in enumerate(TASKS):
         draw = Draw(random.Random(11), held_out=True)
         batch = collate([encoder.encode(task(draw)) for _ in range(QUESTIONS)], arch.text.pad_token_id or 0)
         with torch.no_grad():
-            counts.append(network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)[1].counts)
-    return torch.stack(counts).double()
+            other = network.forward(batch.tokens, batch.real, batch.tiles, batch.wanted)[1]
+        by_task[number] = other.counts
+        by_token.index_put_((batch.tokens[batch.real], layers, other.chosen), one, accumulate=True)
+    return by_task, by_token
 
 
 def information(counts: torch.Tensor) -> float:
@@ -73,7 +78,7 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     folder = Path(sys.argv[1])
-    counts = routing(folder)
+    counts, by_token = routing(folder)
     layers = counts.shape[1]
     figure = plt.figure(figsize=(4 * layers, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1)
@@ -89,8 +94,9 @@ def main() -> None:
             for column, share in enumerate(line):
                 axes.text(column, row, str(share), ha="center", va="center", fontsize=6)
         least = float(counts[:, layer].sum(0).min() / counts[:, layer].sum())
-        bits = information(counts[:, layer])
-        print(f"layer {layer}: at least {least:.1%} of the tokens for each expert; {bits:.2f} bits say its tasks")
+        token, task = (information(table[:, layer]) for table in (by_token, counts))
+        print(f"layer {layer}: at least {least:.1%} of the tokens for each expert, which says {token:.2f} bits about "
+              f"the token and {task:.2f} about the task")  # fmt: skip
     figure.savefig(sys.argv[2], dpi=80)
 
 

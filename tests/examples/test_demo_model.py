@@ -79,6 +79,16 @@ def test_questions_are_the_same_for_everybody(task):
         assert [image.tobytes() for image in one.pictures] == [image.tobytes() for image in other.pictures]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_harder_questions_are_longer(task):
+    def longest(growth):
+        draw = Draw(random.Random(4), held_out=True, growth=growth)
+        return max(sum(len(question) for question, _ in task(draw).turns) for _ in range(40))
+
+    grows = task in (*questions.TEXT_TASKS[1:6], questions.instructions, questions.memory)
+    assert longest(2.0) > longest(1.0) if grows else longest(2.0) > 0
+
+
 def test_answers_are_right():
     draw = Draw(random.Random(1), held_out=False)
     for _ in range(300):

@@ -109,7 +109,9 @@ def test_it_is_small_free_and_uses_all_experts():
     origin = read_origin(MODEL, json.loads((MODEL / "config.json").read_text()))
     assert origin.licence_id == "apache-2.0" and not origin.is_llama
     assert (MODEL / "README.md").read_bytes() == (MODEL.parent / "card.md").read_bytes()
-    counts = plot.routing(MODEL)
+    counts, by_token = plot.routing(MODEL)
     shares = counts.sum(0) / counts.sum((0, 2))[:, None]
     assert float(shares.min()) > 0.01
+    assert torch.equal(counts.sum(0), by_token.sum(0))
     assert all(plot.information(counts[:, layer]) > 0.02 for layer in range(counts.shape[1]))
+    assert all(plot.information(by_token[:, layer]) > 0.5 for layer in range(counts.shape[1]))

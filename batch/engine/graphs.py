@@ -53,9 +53,12 @@ class Capturer:
         with torch.cuda.stream(aside):
             run()
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            rows = run()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                rows = run()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
         return graph.replay, rows
 
 

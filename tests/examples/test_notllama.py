@@ -104,6 +104,18 @@ def test_transformers_generates_the_same_answers(questions, tmp_path):
     assert answers == {line["id"]: line["text"] for line in map(json.loads, out.read_text().splitlines())}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["text", "pictures"])
+def test_a_gpu_gives_the_cpus_answers(questions, tmp_path, name):
+    answers = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.jsonl"
+        l4tool("batch", questions / f"{name}.jsonl", out, "--model", MODEL, "--device", device, "--dtype", "float32")
+        answers[device] = {line["id"]: line["text"] for line in map(json.loads, out.read_text().splitlines())}
+    assert answers["cuda"] == answers["cpu"]
+
+
 def test_it_is_small_free_and_uses_all_experts():
     assert sum(path.stat().st_size for path in MODEL.glob("*.safetensors")) <= 12e6
     origin = read_origin(MODEL, json.loads((MODEL / "config.json").read_text()))

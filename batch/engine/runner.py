@@ -131,8 +131,8 @@ class Runner:
         for piece, end, images, first in shown:
             try:
                 found, pieces = images.slice(piece.start, end, encode)
-            except L4Error:
-                raise  # the tower cannot be read
+            except (L4Error, torch.AcceleratorError):
+                raise  # the tower cannot be read, or the device is gone
             except Exception as error:
                 raise ImageEncodingError(piece.sequence, error) from error
             rows.append(found + first)

@@ -43,29 +43,45 @@ def derive_seed(seed: int, *counters: int) -> int:
 
 
 class Drawing:
-    """Tokens that have been drawn on the device, int64 [N], and are on their way to the host."""
+    """Tokens that have been drawn on the device, int64 [N], and are on their way to the host with all that is asked of
+    them: what comes after them on the device is not waited for."""
 
     def __init__(
         self, tokens: torch.Tensor, best: torch.Tensor, raw: torch.Tensor, params: list[SamplingParams]
     ) -> None:
         self.tokens = tokens
-        self._raw, self._params = raw, params
-        both = torch.stack([tokens, torch.isfinite(best).long()])
+        self._params = params
+        self._both = _sent(torch.stack([tokens, torch.isfinite(best).long()]))
+        self._logprobs = [_sent(found) for found in _logprobs(raw, params, tokens)]
         self._event: torch.cuda.Event | None = None
-        if both.is_cuda:
-            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.current_stream(both.device).record_event()
-        else:
-            self._host = both
+        if tokens.is_cuda:
+            self._event = torch.cuda.current_stream(tokens.device).record_event()
 
     def result(self) -> list[Draw]:
         """Waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        ids, finite = self._host.tolist()
-        logprobs = _logprobs(self._raw, self._params, ids)
+        ids, finite = self._both.tolist()
+        logprobs = self._listed(ids)
         return [Draw(token, logprobs.get(i)) if finite[i] else Draw(None) for i, token in enumerate(ids)]
+
+    def _listed(self, tokens: list[int]) -> dict[int, TokenLogprob]:
+        """Those of the rows that ask."""
+        if not self._logprobs:
+            return {}
+        chosen, best, best_ids = (found.tolist() for found in self._logprobs)
+        found = {}
+        for at, i in enumerate(_asking(self._params)):
+            top = tuple(zip(best_ids[at], best[at], strict=True))[: self._params[i].logprobs or 0]
+            found[i] = TokenLogprob(tokens[i], chosen[at], top)
+        return found
+
+
+def _sent(found: torch.Tensor) -> torch.Tensor:
+    """On its way to the host, where it is not there."""
+    if not found.is_cuda:
+        return found
+    return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
 
 def sample(
@@ -189,24 +205,24 @@ def _log_rest(scaled: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return total + torch.log1p(-inside.clamp(max=1.0))
 
 
-def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: list[int]) -> dict[int, TokenLogprob]:
-    """Natural-log probabilities before temperature and filters, for the rows that ask."""
-    rows = [i for i, p in enumerate(params) if p.logprobs is not None]
+def _asking(params: list[SamplingParams]) -> list[int]:
+    return [i for i, p in enumerate(params) if p.logprobs is not None]
+
+
+def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Natural-log probabilities before temperature and filters, for the R rows that ask: of their tokens [R], of the
+    most probable K [R, K], and these tokens [R, K]. Nothing where nobody asks."""
+    rows = _asking(params)
     if not rows:
-        return {}
-    index = torch.tensor(rows, device=logits.device)
-    chosen_ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
-    asked = logits if len(rows) == len(params) else logits[index]  # [R, V]
-    total = torch.logsumexp(asked, dim=1, keepdim=True)
-    chosen = (asked.gather(1, chosen_ids[:, None]) - total)[:, 0].tolist()
+        return ()
+    if len(rows) < len(params):
+        index = torch.tensor(rows, device=logits.device)
+        logits, tokens = logits[index], tokens[index]  # [R, V], [R]
+    total = torch.logsumexp(logits, dim=1, keepdim=True)
+    chosen = (logits.gather(1, tokens[:, None]) - total)[:, 0]
     width = min(max(params[i].logprobs or 0 for i in rows), logits.shape[1])
-    values, ids = asked.topk(width, dim=1)
-    best, best_ids = (values - total).tolist(), ids.tolist()
-    found = {}
-    for at, i in enumerate(rows):
-        top = tuple(zip(best_ids[at], best[at], strict=True))[: params[i].logprobs or 0]
-        found[i] = TokenLogprob(tokens[i], chosen[at], top)
-    return found
+    values, ids = logits.topk(width, dim=1)
+    return chosen, values - total, ids
 
 
 def _splitmix(x: int) -> int:

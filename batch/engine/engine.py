@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from batch.engine.blocks import BlockManager
+from batch.engine.flight import Flight, launch
 from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages, encoder_of
-from batch.engine.logit_rules import LogitRules, apply_rules
+from batch.engine.logit_rules import LogitRules
 from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
-from batch.engine.sampler import Draw, Drawing, draw
+from batch.engine.sampler import Draw
 from batch.engine.scheduler import WINDOW, Scheduler
 from batch.engine.sequence import Piece, Sequence
-from batch.engine.stats import EngineStats
+from batch.engine.stats import EngineStats, StepSeconds
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams, TokenMask
+from l4tool.core.console import note
 from l4tool.core.errors import DeviceError, L4Error
 from l4tool.core.sizes import format_bytes
 from quant.memory import BlockNeed, pools
@@ -53,15 +55,6 @@ class EngineConfig:
     overlap: bool = False
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A step on the device whose tokens have not been read. `times`: as in `EngineStats.count_step`, but the last."""
-
-    plan: list[Piece]
-    drawing: Drawing
-    times: list[float]
-
-
 class Engine:
     """Owns the KV cache and the sequences; one thread calls it.
 
@@ -87,6 +80,7 @@ class Engine:
         self.runner = Runner(model, self.blocks, self.features, config.max_seqs)
         self.stats = EngineStats()
         self._good_steps = 0
+        self._fewest_tokens = config.max_batch_tokens  # to which steps were ever shrunk
         self._failures_in_a_row = 0
         self._flight: Flight | None = None
         self._pixel_bytes = 0  # of all sequences that wait or run
@@ -179,51 +173,33 @@ class Engine:
 
     def _run(self, plan: list[Piece]) -> list[Sequence]:
         try:
-            flight = self._launch(plan)
+            flight = launch(self.runner, plan)
         except Exception as error:
             return self._recover(plan, error)
         return self._land(flight)
 
-    def _launch(self, plan: list[Piece], token_ids: torch.Tensor | None = None) -> Flight:
-        """Compute a step and draw its tokens, without waiting for either where the device computes by itself."""
-        drawing = [piece.sequence for piece in plan if piece.wants_logits]
-        ahead = token_ids is not None
-        times = [time.perf_counter()]
-        step = self.runner.build(plan, token_ids)
-        times.append(time.perf_counter())
-        logits = self.runner.forward(step)  # float32 [N, V]
-        times.append(time.perf_counter())
-        steps = [s.num_generated + ahead for s in drawing]
-        asked = apply_rules(logits, [s.rules for s in drawing], steps)
-        return Flight(plan, draw(logits, [s.sampling for s in drawing], steps, asked), times)
-
     def _land(self, flight: Flight) -> list[Sequence]:
         """Read a step's tokens, once the next step is on its way where that can be. Sequences that have ended or lost
         their blocks since it was launched get nothing of it."""
-        live = [not piece.ahead or self._is_live(piece) for piece in flight.plan]
-        following = None
-        if self.config.overlap and all(live):
-            plan = self.scheduler.look_ahead(flight.plan)
-            # What fails here fails again, and is then dealt with, when the step is taken in the ordinary way.
-            with contextlib.suppress(Exception):
-                following = self._launch(plan, flight.drawing.tokens) if plan else None
+        live = flight.live(self.scheduler)
+        if not live:
+            return []
+        following = self._launch_ahead(flight) if self.config.overlap and len(live) == len(flight.plan) else None
         try:
-            draws = flight.drawing.result()
+            found, took = flight.land(live)
         except Exception as error:
-            if not any(live):
-                raise
-            return self._recover([piece for piece, alive in zip(flight.plan, live, strict=True) if alive], error)
+            return self._recover(live, error)
         self._flight = following
-        drawn = iter(draws)
-        rows = [(piece, next(drawn) if piece.wants_logits else None) for piece in flight.plan]
-        kept = [row for row, alive in zip(rows, live, strict=True) if alive]
-        pieces = [piece for piece, _ in kept]
-        self._count(pieces, [*flight.times, time.perf_counter()])
-        found = [(piece.sequence, drew) for piece, drew in kept if drew is not None]
-        return self._advance(pieces, [sequence for sequence, _ in found], [drew for _, drew in found])
+        self._count(live, took)
+        return self._advance(live, [sequence for sequence, _ in found], [drew for _, drew in found])
 
-    def _is_live(self, piece: Piece) -> bool:
-        return piece.sequence in self.scheduler.running and piece.sequence.num_computed == piece.start
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """The step after one whose tokens nobody has seen, where there is no choice in it."""
+        plan = self.scheduler.look_ahead(flight.plan)
+        # What fails here fails again, and is then dealt with, when the step is taken in the ordinary way.
+        with contextlib.suppress(Exception):
+            return launch(self.runner, plan, flight.tokens) if plan else None
+        return None
 
     def _advance(self, plan: list[Piece], drawing: list[Sequence], draws: list[Draw]) -> list[Sequence]:
         """The step was computed: book it, hand out the tokens, let go of what is over."""
@@ -286,6 +262,9 @@ class Engine:
             self._good_steps = 0
             self.features.clear()
             self._limit(tokens // 2)
+            if tokens // 2 < self._fewest_tokens:
+                self._fewest_tokens = tokens // 2
+                note(f"a step of {tokens:,} tokens ran out of memory: the next ones have {tokens // 2:,} at most")
             return []
         if len(plan) > 1:
             # Each alone, so that only the culprit fails; one that was preempted meanwhile waits for its next plan.
@@ -343,9 +322,9 @@ class Engine:
         self.runner = Runner(self.model, self.blocks, self.features, self.config.max_seqs)
         return True
 
-    def _count(self, plan: list[Piece], times: list[float]) -> None:
+    def _count(self, plan: list[Piece], took: StepSeconds) -> None:
         stats = self.stats
-        stats.count_step(plan, times)
+        stats.count_step(plan, took)
         stats.count_memory(self.blocks, self.features)
         stats.preemptions = self.scheduler.num_preemptions
         stats.weights_read_bytes, stats.weights_wait_s = self.model.weights_read()

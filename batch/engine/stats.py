@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batch.engine.blocks import BlockManager
 from batch.engine.image_features import FeatureCache
 from batch.engine.sequence import Piece, Sequence
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """What the host spent on a step: building it, the model (on a device: launching it), drawing its tokens."""
+
+    build_s: float
+    model_s: float
+    sample_s: float
+
+    def and_sampling(self, seconds: float) -> StepSeconds:
+        return replace(self, sample_s=self.sample_s + seconds)
 
 
 @dataclass
@@ -58,16 +70,16 @@ class EngineStats:
         if sequence.images is not None:
             self.cached_prompt_images += sequence.images.num_before(sequence.num_cached)
 
-    def count_step(self, plan: list[Piece], times: list[float]) -> None:
-        """A step was computed. `times`: before building it, after it, after the model, after sampling."""
+    def count_step(self, plan: list[Piece], took: StepSeconds) -> None:
+        """A step was computed."""
         self.steps += 1
         self.computed_tokens += sum(piece.length for piece in plan)
         self.output_tokens += sum(piece.wants_logits for piece in plan)
         held_bytes = sum(piece.sequence.images.num_bytes for piece in plan if piece.sequence.images is not None)
         self.peak_image_bytes = max(self.peak_image_bytes, held_bytes)
-        self.build_s += times[1] - times[0]
-        self.model_s += times[2] - times[1]
-        self.sample_s += times[3] - times[2]
+        self.build_s += took.build_s
+        self.model_s += took.model_s
+        self.sample_s += took.sample_s
 
     def count_memory(self, blocks: BlockManager, features: FeatureCache) -> None:
         """Before the step is booked: what it holds, and what became of its pictures."""

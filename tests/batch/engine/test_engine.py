@@ -283,7 +283,7 @@ def test_kv_memory_below_one_block_is_an_error(scout):
 # -- when something goes wrong inside a step
 
 
-def test_out_of_memory_makes_steps_smaller_and_loses_nothing(scout, expected, monkeypatch):
+def test_out_of_memory_makes_steps_smaller_and_loses_nothing(scout, expected, monkeypatch, capsys):
     forward = type(scout).forward
 
     def limited(model, step, kv):
@@ -296,6 +296,8 @@ def test_out_of_memory_makes_steps_smaller_and_loses_nothing(scout, expected, mo
     sequences = run(engine, random_prompts(), SamplingParams(40))
     assert [s.output for s in sequences] == expected["scout"]
     assert engine.scheduler.max_batch_tokens < 200
+    said = [line for line in capsys.readouterr().err.splitlines() if "ran out of memory" in line]
+    assert 1 <= len(said) <= 5 and "a step of 160 tokens" in said[0]
 
 
 def test_out_of_memory_for_good_is_an_error_and_not_a_loop(scout, monkeypatch):
@@ -360,3 +362,14 @@ def test_a_failing_image_fails_its_own_sequence_only(scout, illustrated, monkeyp
     sequences = run(make_engine(scout), prompts, SamplingParams(8), pictures)
     assert sequences[1].error[0] == "image_error" and "cannot look" in sequences[1].error[1]
     assert [sequences[0].output, sequences[2].output] == [expected[0], expected[2]]
+
+
+def test_a_device_that_is_gone_is_not_the_images_fault(scout, illustrated, monkeypatch):
+    prompts, pictures, _ = illustrated
+
+    def gone(model, images):
+        raise torch.AcceleratorError("an illegal address")
+
+    monkeypatch.setattr(type(scout), "encode_images", gone)
+    with pytest.raises(DeviceError, match="the device failed: an illegal address"):
+        run(make_engine(scout), prompts, SamplingParams(8), pictures)

@@ -1,9 +1,12 @@
 """Steps launched before the tokens of the last are read: the same answers, whoever ends, fails or is pushed out."""
 
+import weakref
+
 import pytest
 import torch
 
 from batch.engine.engine import Engine, EngineConfig
+from batch.engine.flight import launch
 from batch.engine.sampler import Drawing
 from batch.engine.scheduler import Scheduler
 from batch.requests import SamplingParams
@@ -102,15 +105,15 @@ def test_whoever_comes_is_admitted(scout):
 def test_a_launch_that_fails_is_repeated(scout, monkeypatch):
     prompts, asked = random_prompts((5, 9)), [SamplingParams(12)] * 2
     expected = outputs(engine_of(scout, False), prompts, asked)
-    launch, failures = Engine._launch, []
+    failures = []
 
-    def failing(engine, plan, token_ids=None):
+    def failing(runner, plan, token_ids=None):
         if token_ids is not None and len(failures) < 3:
             failures.append(plan)
             raise torch.OutOfMemoryError("none left")
-        return launch(engine, plan, token_ids)
+        return launch(runner, plan, token_ids)
 
-    monkeypatch.setattr(Engine, "_launch", failing)
+    monkeypatch.setattr("batch.engine.engine.launch", failing)
     assert outputs(engine_of(scout, True), prompts, asked) == expected and len(failures) == 3
 
 
@@ -133,6 +136,38 @@ def test_tokens_that_do_not_arrive(scout, monkeypatch):
     while engine.has_work:
         engine.step()
     assert [(s.output, s.finish_reason) for s in added] == [row[:2] for row in expected]
+
+
+def test_what_nobody_waits_for_is_not_read(scout, monkeypatch):
+    engine = engine_of(scout, True)
+    first = engine.add(0, [1] * 5, SamplingParams(20, logprobs=1))
+    while first.num_generated < 3:
+        engine.step()
+    engine.finish(first, "stop")
+    second = engine.add(1, [2] * 5, SamplingParams(3))
+    with monkeypatch.context() as context:
+        context.setattr(Drawing, "result", lambda drawing: 1 / 0)
+        assert engine.step() == []
+    while engine.has_work:
+        engine.step()
+    assert second.error is None and len(second.output) == 3 and len(first.output) == 3
+
+
+def test_the_next_step_does_not_hold_the_last_ones_logits(scout, monkeypatch):
+    seen = []
+
+    def noted(drawing, tokens, best, raw, params):
+        seen.append(weakref.ref(raw))
+        make(drawing, tokens, best, raw, params)
+
+    make = Drawing.__init__
+    monkeypatch.setattr(Drawing, "__init__", noted)
+    engine = engine_of(scout, True)
+    engine.add(0, [1] * 5, SamplingParams(9, logprobs=1))
+    for _ in range(4):
+        engine.step()
+    assert engine._flight is not None and len(seen) == 5
+    assert all(raw() is None for raw in seen)
 
 
 def test_a_device_that_fails_ends_the_run(scout, monkeypatch):

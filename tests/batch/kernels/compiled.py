@@ -85,9 +85,14 @@ def experts():
             triton_experts.routed_experts(empty(tokens, HIDDEN), empty(tokens, 16), *banks)
 
 
+def cache_of(dtype):
+    return LayerCache(*(empty(8, 32, KV_HEADS, DIM, dtype=dtype) for _ in range(2)))
+
+
 def attention():
-    cache = LayerCache(empty(8, 32, KV_HEADS, DIM), empty(8, 32, KV_HEADS, DIM))
-    for seqs, queries in ((1, 1), (256, 1), (2, 8), (2, 1024)):
+    plain, fp8_cache = (cache_of(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn))
+    sizes = ((1, 1), (256, 1), (2, 8), (2, 1024))
+    for cache, seqs, queries in (*((plain, *size) for size in sizes), (fp8_cache, 256, 1), (fp8_cache, 2, 1024)):
         ints = [torch.zeros(size, dtype=torch.int32) for size in ((seqs, 99), seqs + 1, seqs)]
         batch = PagedBatch(*ints, queries, 99 * 32)
         triton_attention.paged_attention(empty(seqs * queries, HEADS, DIM), cache, batch, DIM**-0.5)
@@ -95,13 +100,14 @@ def attention():
 
 def fused():
     x, rotation = empty(3, HIDDEN), (empty(3, DIM // 2, dtype=torch.float32),) * 2
-    cache = LayerCache(empty(8, 32, KV_HEADS, DIM), empty(8, 32, KV_HEADS, DIM))
+    cache = cache_of(torch.bfloat16)
     qkv, slots = empty(3, (HEADS + 2 * KV_HEADS) * DIM), torch.zeros(3, dtype=torch.int64)
     for deltas in ((), (x,), (x, x)):
         triton_fused.add_rms_norm(x, deltas, empty(HIDDEN), 1e-5)
     triton_fused.store_qkv(qkv, HEADS, cache, slots, rotation, 1e-5, None)
     triton_fused.store_qkv(qkv, HEADS, cache, slots, rotation, None, None)
     triton_fused.store_qkv(qkv, HEADS, cache, slots, None, None, empty(3, dtype=torch.float32))
+    triton_fused.store_qkv(qkv, HEADS, cache_of(torch.float8_e4m3fn), slots, rotation, 1e-5, None)
 
 
 def quantize():

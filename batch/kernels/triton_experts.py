@@ -229,7 +229,7 @@ def product(x: Prepared, bank: Bank, tiles: Tiles, order: torch.Tensor | None = 
 
 def linear(x: torch.Tensor, bank: Bank) -> torch.Tensor:
     """x [T, K] · weightᵀ → [T, N] with a Bank of one weight; of a gated one silu(gate) · up."""
-    return product(prepare(x, bank), bank, one_expert(x.shape[0]))
+    return product(prepare(x, bank), bank, one_expert(x.shape[0], x.dtype))
 
 
 def routed_experts(x: torch.Tensor, logits: torch.Tensor, gate_up: Bank, down: Bank) -> torch.Tensor:

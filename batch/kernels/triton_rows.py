@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from batch.kernels.triton_banks import DENSE, FP8, FP8_TOKENS, INT4, Bank
-from batch.kernels.triton_support import ceil_div, power_of_two
+from batch.kernels.triton_support import ceil_div, is_interpreted, power_of_two
 
 MAX_EXPERTS = 256
+MOST_ROWS, MOST_FLOAT32_ROWS = 128, 16  # of one tile
 
 
 @triton.jit
@@ -78,16 +79,19 @@ class Tiles:
     count: int
 
 
-def rows_per_tile(rows: int, experts: int) -> int:
-    """Rows of one tile: twice what an expert gets on average, so that most need one tile only."""
-    return min(max(power_of_two(2 * ceil_div(rows, experts)), 16), 128)
+def rows_per_tile(rows: int, experts: int, dtype: torch.dtype) -> int:
+    """Rows of one tile: twice what an expert gets on average, so that most need one tile only. A device does
+    products in float32 without tensor cores, from registers: more than a few rows would be spilled, by gigabytes over a
+    whole card."""
+    most = MOST_FLOAT32_ROWS if dtype == torch.float32 and not is_interpreted() else MOST_ROWS
+    return min(max(power_of_two(2 * ceil_div(rows, experts)), 16), most)
 
 
 def dispatch(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tiles]:
     """logits [T, E] → (score [T] = sigmoid of the best, order int32 [T] by expert and stable, tiles)."""
     tokens, experts = logits.shape
     assert experts <= MAX_EXPERTS
-    rows = rows_per_tile(tokens, experts)
+    rows = rows_per_tile(tokens, experts, logits.dtype)
     active = min(experts, tokens)
     num_tiles = (tokens - active) // rows + active
     score = torch.empty(tokens, dtype=logits.dtype, device=logits.device)
@@ -101,9 +105,9 @@ def dispatch(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tiles]:
     return score, order, Tiles(table, rows, num_tiles)
 
 
-def one_expert(rows: int) -> Tiles:
-    """All rows to the only expert."""
-    size = rows_per_tile(rows, 2)
+def one_expert(rows: int, dtype: torch.dtype) -> Tiles:
+    """All rows, of `dtype`, to the only expert."""
+    size = rows_per_tile(rows, 2, dtype)
     return Tiles(None, size, ceil_div(rows, size))
 
 

@@ -85,6 +85,14 @@ def experts():
             triton_experts.routed_experts(empty(tokens, HIDDEN), empty(tokens, 16), *banks)
 
 
+def float32():
+    for make in (int4, fp8, lambda *shape: fp8(*shape, dynamic=False)):
+        one = make(INNER, HIDDEN)
+        banks = Bank.of([FusedLinear((one, one))] * 16, True), Bank.of([make(HIDDEN, INNER)] * 16, False)
+        x = empty(4096, HIDDEN, dtype=torch.float32)
+        triton_experts.routed_experts(x, empty(4096, 16, dtype=torch.float32), *banks)
+
+
 def cache_of(dtype):
     return LayerCache(*(empty(8, 32, KV_HEADS, DIM, dtype=dtype) for _ in range(2)))
 
@@ -122,4 +130,4 @@ if __name__ == "__main__":
     driver.set_active(Target())
     JITFunction.run = compile_only
     for part in sys.argv[1:]:
-        {"experts": experts, "attention": attention, "fused": fused, "quantize": quantize}[part]()
+        {"experts": experts, "float32": float32, "attention": attention, "fused": fused, "quantize": quantize}[part]()

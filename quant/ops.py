@@ -13,6 +13,8 @@ from converters.writing.encoder import Scratch
 from l4tool.core.errors import CheckpointError
 from quant import reference
 
+KNOWS_FP8 = (8, 9)  # compute capability from which Triton compiles e4m3
+
 
 @dataclass(frozen=True)
 class Int4:
@@ -54,7 +56,8 @@ def int4(
         if _has_triton():
             from quant.kernels import triton_quantize
 
-            return Int4(*(part.cpu() for part in triton_quantize.int4(weight, group_size, scale_method)))
+            with torch.cuda.device(weight.device):  # kernels are launched on this thread's device
+                return Int4(*(part.cpu() for part in triton_quantize.int4(weight, group_size, scale_method)))
         return int4_reference(weight, group_size, scale_method)
     from quant.kernels.int4 import int4_rows
 
@@ -77,10 +80,11 @@ def fp8(weight: torch.Tensor, name: str = "weight", row0: int = 0, scratch: Scra
     rows, cols = weight.shape
     if weight.device.type != "cpu":
         _require_finite(weight, name, row0)
-        if _has_triton():
+        if _has_triton() and torch.cuda.get_device_capability(weight.device) >= KNOWS_FP8:
             from quant.kernels import triton_quantize
 
-            return Fp8(*(part.cpu() for part in triton_quantize.fp8(weight)))
+            with torch.cuda.device(weight.device):
+                return Fp8(*(part.cpu() for part in triton_quantize.fp8(weight)))
         return fp8_reference(weight)
     from quant.kernels.fp8 import fp8_rows
 

@@ -26,7 +26,7 @@ from batch.requests import Choice, GenerationResult, PreparedRequest, TokenMask
 from converters.detect import open_checkpoint
 from converters.reader import Reader
 from l4tool.core.console import note
-from l4tool.core.errors import UsageError
+from l4tool.core.errors import DeviceError, UsageError
 from l4tool.core.sizes import format_bytes
 from quant.memory import (
     CPU_BLOCK,
@@ -47,10 +47,9 @@ class Detokenizer(Protocol):
 @dataclass(frozen=True)
 class EmbeddedOptions:
     """None means: chosen here. `activations` "int8": what INT4 weights are multiplied with. `kv_dtype` "fp8": what the
-    cache holds on a CUDA device. `kv_memory_bytes` is the KV
-    cache alone; `block_size` is in tokens. So many engines as `memory_share` says have this memory to themselves.
-    `first_alone`: see `Scheduler`. `stream_weights`: layers are read from disk while it runs, in a process that takes
-    `memory_bytes` at most."""
+    cache holds on a CUDA device. `kv_memory_bytes` is the KV cache alone; `block_size` is in tokens. So many engines as
+    `memory_share` says have this memory to themselves. `first_alone`: see `Scheduler`. `stream_weights`: layers are
+    read from disk while it runs, in a process that takes `memory_bytes` at most."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -286,7 +285,13 @@ def _step_bytes(model: Model, max_batch_tokens: int, max_seqs: int, block_size: 
     if model.device.type != "cuda":
         return bound
     room_bytes, meter = free_device_bytes(model.device) // 2, DeviceMeter(model.device)
-    seen = worst_step_bytes(model, max_batch_tokens, max_seqs, block_size, room_bytes, meter)
+    try:
+        seen = worst_step_bytes(model, max_batch_tokens, max_seqs, block_size, room_bytes, meter)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"beside the weights {model.device} has no memory for a step with pictures: {error}",
+            hint="quantize the checkpoint, or take a device with more memory",
+        ) from error
     torch.cuda.empty_cache()
     if seen > bound:
         note(f"a step takes {format_bytes(seen)} on {model.device}, not {format_bytes(bound)}: the KV cache is smaller")

@@ -61,6 +61,16 @@ def test_what_has_no_triton_goes_by_the_specification(device, monkeypatch):  # n
     assert [given[1:] for given in asked] == [(32, "mse"), ()]
 
 
+def test_an_older_card_does_fp8_by_the_specification(device, monkeypatch):  # noqa: F811
+    there = weight(5, 64, torch.bfloat16).to("cuda" if device.type == "cuda" else "meta")
+    asked = []
+    monkeypatch.setattr(ops, "_require_finite", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(ops, "fp8_reference", asked.append)
+    ops.fp8(there)
+    assert len(asked) == 1 and asked[0] is there
+
+
 def test_weights_go_to_the_device_as_they_lie(device):  # noqa: F811
     w = torch.randn(6, 8)
     for source in (w, w.T, w.T[2:5], w[2:5]):

@@ -11,6 +11,7 @@ from batch.engine.image_features import TILES_AT_ONCE
 from batch.model.model import load_model
 from batch.requests import SamplingParams
 from converters.detect import open_checkpoint
+from l4tool.core.errors import DeviceError
 from quant import memory, outlook, pipeline
 from quant.fitting import Demand, Hardware
 from quant.gpus import Gpu
@@ -135,6 +136,19 @@ def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):
         kv_bytes = engine_config(model, EmbeddedOptions()).kv_bytes
         assert kv_bytes == memory.device_kv_bytes(2**32, expected)
     assert capsys.readouterr().err.count("the KV cache is smaller") == 1
+
+
+def test_no_memory_for_pictures_beside_the_weights(scout_tiny, monkeypatch):
+    model = load_model(open_checkpoint(scout_tiny))
+    model.device = torch.device("cuda")
+    pretend_free(monkeypatch, 2**32, 2**32)
+
+    def full(*asked):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("batch.backends.embedded.worst_step_bytes", full)
+    with pytest.raises(DeviceError, match="no memory for a step with pictures: none left"):
+        engine_config(model, EmbeddedOptions())
 
 
 @pytest.mark.gpu

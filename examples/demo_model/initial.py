@@ -1,5 +1,5 @@
 """The weights that training begins with: random, with three hints without which a name in a text and what stands beside
-it are not connected for thousands of updates.
+it are connected much later (docs/demo-model.md has figures).
 
 1. Tokens of the same word ("Rome", " Rome", "ROME") begin with nearly the same embedding, in and out, and all
    embeddings share one direction.

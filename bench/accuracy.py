@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from converters.reader import TensorInfo  # noqa: E402
 from converters.writing.encoder import Scratch  # noqa: E402
 from l4tool.core.console import table  # noqa: E402
-from quant.quanto import GROUP_SIZE, QuantoInt4  # noqa: E402
+from quant.quanto import GROUP_SIZE, QuantoInt4, unpack  # noqa: E402
 
 SCHEMES: dict[str, list[str]] = {
     "FP8": ["--fp8"],
@@ -60,8 +60,7 @@ def hqq_values(weight: torch.Tensor) -> torch.Tensor:
     rows = weight.reshape(-1, 2 * GROUP_SIZE)  # its groups do not fit rows of just one
     info = TensorInfo("weight", tuple(rows.shape), rows.dtype, rows.nbytes, "memory")
     parts = {name: part for name, part, _ in QuantoInt4("hqq").encode(rows, info, "weight", 0, Scratch()).pieces}
-    packed = parts["weight._data._data"]
-    codes = torch.cat([packed & 15, packed >> 4])[: len(parts["weight._scale"])]
+    codes = unpack(parts["weight._data._data"], 4)[: len(parts["weight._scale"])]
     return (codes * parts["weight._scale"] - parts["weight._shift"]).to(weight.dtype).view(weight.shape)
 
 

@@ -53,7 +53,10 @@ def answers(line: dict[str, Any]) -> list[str]:
 def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    asked, given = lines(sys.argv[1]), lines(sys.argv[2])
+    try:
+        asked, given = lines(sys.argv[1]), lines(sys.argv[2])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"show_answers.py: {error}") from None
     right = total = 0
     for name, line in asked.items():
         text, pictures = question(line)

@@ -67,7 +67,7 @@ class QuantoInt4(Encoder):
         )
         pieces = _pieces(quantized, stored)
         packed = pieces[0][1]
-        back = _unpack(packed, 4)[: len(scale)] * scale - shift
+        back = unpack(packed, 4)[: len(scale)] * scale - shift
         return Encoded(pieces, *reference.squared_error(weight, back.view(info.shape), GROUP_SIZE))
 
     def scratch_bytes(self, info: TensorInfo, rows: int) -> int:
@@ -132,14 +132,14 @@ def _python_unpack() -> Iterator[None]:
 
     extension = get_extension("quanto_cpp")
     saved = extension._lib
-    extension._lib = SimpleNamespace(unpack=_unpack)
+    extension._lib = SimpleNamespace(unpack=unpack)
     try:
         yield
     finally:
         extension._lib = saved
 
 
-def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [n/2, g] → uint8 [n, g]: low halves, then high halves."""
     assert bits == 4
     return torch.cat([packed & 15, packed >> 4])

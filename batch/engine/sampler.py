@@ -84,13 +84,6 @@ def _sent(found: torch.Tensor) -> torch.Tensor:
     return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
 
-def sample(
-    logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
-) -> list[Draw]:
-    """One token per row, as `draw`."""
-    return draw(logits, params, steps, asked).result()
-
-
 def draw(
     logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
 ) -> Drawing:

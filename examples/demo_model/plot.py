@@ -24,14 +24,13 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from batch.tokenizer import Tokenizer  # noqa: E402
 from converters.arch_io import read_arch  # noqa: E402
 from examples.demo_model.encoding import Encoder, collate  # noqa: E402
 from examples.demo_model.network import Network  # noqa: E402
 from examples.demo_model.questions import TEXT_TASKS, Draw  # noqa: E402
-from examples.demo_model.train import TASKS  # noqa: E402
+from examples.demo_model.train import TASKS, read_parameters  # noqa: E402
 
 QUESTIONS = 50
 
@@ -39,9 +38,7 @@ QUESTIONS = 50
 def routing(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of held-out questions that each expert gets, by task float64 [tasks, L, E] and by token [V, L, E]."""
     arch, _ = read_arch(folder)
-    files = [load_file(path) for path in folder.glob("*.safetensors")]
-    parameters = {name: tensor.float() for file in files for name, tensor in file.items()}
-    network, encoder = Network(arch, parameters), Encoder(Tokenizer.load(folder), arch)
+    network, encoder = Network(arch, read_parameters(folder)), Encoder(Tokenizer.load(folder), arch)
     text = arch.text
     by_task = torch.zeros(len(TASKS), len(text.moe_layers), text.num_experts, dtype=torch.float64)
     by_token = torch.zeros(text.vocab_size, *by_task.shape[1:], dtype=torch.float64)

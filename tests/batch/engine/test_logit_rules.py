@@ -9,7 +9,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from batch.engine import sampler
 from batch.engine.logit_rules import LogitRules, apply_rules
-from batch.engine.sampler import sample
+from batch.engine.sampler import draw
 from batch.requests import SamplingParams
 from tests.batch.engine.test_engine import make_engine, random_prompts, run
 
@@ -95,7 +95,7 @@ def test_draws_stay_inside_a_mask(fields):
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 8
     params = [SamplingParams(9, temperature=1.0, seed=i, **fields) for i in range(rows)]
     asked = apply_rules(logits, [rules_of(mask=OnlyThese([allowed], 0)) for _ in range(rows)], [0] * rows)
-    tokens = {draw.token for draw in sample(logits, params, [0] * rows, asked)}
+    tokens = {drew.token for drew in draw(logits, params, [0] * rows, asked).result()}
     assert tokens <= allowed and len(tokens) > 1
 
 
@@ -108,16 +108,16 @@ def test_the_rest_has_no_chance_outside_a_mask(monkeypatch):
     logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(3)) * 8
     params = [SamplingParams(9, temperature=1.0, seed=i) for i in range(50)]
     asked = apply_rules(logits, [rules_of(mask=OnlyThese([{17, 999, 2998}], 0)) for _ in range(50)], [0] * 50)
-    assert {draw.token for draw in sample(logits, params, [0] * 50, asked)} <= {17, 999, 2998}
+    assert {drew.token for drew in draw(logits, params, [0] * 50, asked).result()} <= {17, 999, 2998}
 
 
 def test_logprobs_stay_the_models_own():
     logits = logits_of(1)
     asked = apply_rules(logits, [rules_of(mask=OnlyThese([{4}], 0))], [0])
-    (draw,) = sample(logits, [SamplingParams(9, logprobs=2)], [0], asked)
+    (drew,) = draw(logits, [SamplingParams(9, logprobs=2)], [0], asked).result()
     expected = torch.log_softmax(logits[0], 0)
-    assert draw.token == 4 and draw.logprob.logprob == pytest.approx(expected[4].item(), abs=1e-5)
-    assert [token for token, _ in draw.logprob.top] == expected.topk(2).indices.tolist()
+    assert drew.token == 4 and drew.logprob.logprob == pytest.approx(expected[4].item(), abs=1e-5)
+    assert [token for token, _ in drew.logprob.top] == expected.topk(2).indices.tolist()
 
 
 def engine_outputs(model, prompts, sampling, masks, **options):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from batch.engine import sampler
-from batch.engine.sampler import derive_seed, keep_mask, sample
+from batch.engine.sampler import derive_seed, draw, keep_mask
 from batch.requests import SamplingParams
 
 
@@ -64,12 +64,12 @@ def test_draws_come_from_the_kept_set_however_few_candidates_are_looked_at_first
     logits = torch.randn(1, 1500, generator=torch.Generator().manual_seed(seed)) * 2
     p = params(**chosen, seed=seed)
     assume(p.top_k or p.top_p < 1 or p.min_p)  # without filters the candidates split the draw in two
-    tokens = [sample(logits, [p], [step])[0].token for step in range(8)]
+    tokens = [draw(logits, [p], [step]).result()[0].token for step in range(8)]
     kept = reference_kept(logits[0].double(), p)
     assert all(kept[token] for token in tokens)
     before, sampler.FIRST_CANDIDATES = sampler.FIRST_CANDIDATES, first
     try:
-        assert tokens == [sample(logits, [p], [step])[0].token for step in range(8)]
+        assert tokens == [draw(logits, [p], [step]).result()[0].token for step in range(8)]
     finally:
         sampler.FIRST_CANDIDATES = before
 
@@ -85,7 +85,7 @@ def test_frequencies_follow_the_distribution(chosen, first, monkeypatch):
     draws = 20_000
     rows = logits.expand(draws, -1)
     seeds = [params(**({"temperature": 1.0} | chosen), seed=s) for s in range(draws // 10)]
-    drawn = sample(rows, [s for s in seeds for _ in range(10)], list(range(10)) * len(seeds))
+    drawn = draw(rows, [s for s in seeds for _ in range(10)], list(range(10)) * len(seeds)).result()
     counts = torch.bincount(torch.tensor([d.token for d in drawn]), minlength=8).double()
     assert counts[~kept].sum() == 0
     wanted = expected[kept] * draws
@@ -97,7 +97,7 @@ def test_frequencies_follow_the_distribution(chosen, first, monkeypatch):
 def test_consecutive_draws_of_one_sequence_are_independent():
     logits = torch.zeros(1, 4)
     p = params(temperature=1.0, seed=7)
-    tokens = [sample(logits, [p], [step])[0].token for step in range(4000)]
+    tokens = [draw(logits, [p], [step]).result()[0].token for step in range(4000)]
     pairs = torch.bincount(torch.tensor([4 * a + b for a, b in itertools.pairwise(tokens)]), minlength=16)
     wanted = 3999 / 16
     assert ((pairs - wanted) ** 2 / wanted).sum() < 44.3  # 99.99 %, 15 degrees of freedom
@@ -118,25 +118,25 @@ def test_a_row_does_not_depend_on_its_company(rows, random):
     asked = [params(**chosen, seed=seed) for chosen, seed, _ in rows]
     asked[0] = params(temperature=0.0, logprobs=3)
     steps = [step for _, _, step in rows]
-    together = sample(logits, asked, steps)
+    together = draw(logits, asked, steps).result()
     order = list(range(len(rows)))
     random.shuffle(order)
-    shuffled = sample(logits[order], [asked[i] for i in order], [steps[i] for i in order])
+    shuffled = draw(logits[order], [asked[i] for i in order], [steps[i] for i in order]).result()
     for at, i in enumerate(order):
-        alone = sample(logits[i : i + 1], [asked[i]], [steps[i]])[0]
+        alone = draw(logits[i : i + 1], [asked[i]], [steps[i]]).result()[0]
         assert alone.token == together[i].token == shuffled[at].token
 
 
 def test_greedy_is_the_argmax_and_tiny_temperatures_are_greedy():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
     asked = [params(temperature=t) for t in (0.0, 1e-9, 1e-320)]
-    assert [d.token for d in sample(logits, asked, [0, 0, 0])] == logits.argmax(1).tolist()
+    assert [d.token for d in draw(logits, asked, [0, 0, 0]).result()] == logits.argmax(1).tolist()
 
 
 def test_logprobs_are_the_untempered_log_softmax():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3)) * 3
     asked = [params(logprobs=0), params(), params(temperature=0.2, top_k=2, logprobs=5)]
-    draws = sample(logits, asked, [0, 0, 0])
+    draws = draw(logits, asked, [0, 0, 0]).result()
     expected = logits.log_softmax(-1)
     assert draws[1].logprob is None and draws[0].logprob.top == ()
     for row in (0, 2):
@@ -152,5 +152,5 @@ def test_logprobs_are_the_untempered_log_softmax():
 def test_a_row_that_is_not_finite_is_reported_and_alone(temperature, broken):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4))
     logits[1, 7] = broken
-    draws = sample(logits, [params(temperature=temperature)] * 3, [0, 0, 0])
+    draws = draw(logits, [params(temperature=temperature)] * 3, [0, 0, 0]).result()
     assert draws[1].token is None and draws[0].token is not None and draws[2].token is not None

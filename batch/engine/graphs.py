@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from batch.engine.blocks import BlockManager
 from batch.kernels import ops
 from batch.kernels.linears import Experts
+from batch.kernels.transfer import pack, send, unpack
 from batch.model.head import LogitRows
 from batch.model.inputs import PagedKind, StepInput
 from batch.model.kv import KVCache
@@ -68,30 +70,15 @@ class DecodeGraphs:
 
     def __init__(self, model: Model, kv: KVCache, blocks: BlockManager, max_seqs: int, capture: Capture) -> None:
         self._model, self._kv, self._capture = model, kv, capture
-        self._most = most = SIZES[bisect.bisect_left(SIZES, min(max_seqs, SIZES[-1]))]
-        text = model.arch.text
+        self._most = SIZES[bisect.bisect_left(SIZES, min(max_seqs, SIZES[-1]))]
+        text, size = model.arch.text, blocks.block_size
         self._longest = text.max_position_embeddings
-        longest = -(-self._longest // blocks.block_size)
-        chunk = text.attention_chunk_size // blocks.block_size
-
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=model.device)
-
-        def kind(width: int) -> PagedKind:
-            return PagedKind(ints(most, width), ints(most), ints(most, dtype=torch.int64))
-
-        self._step = StepInput(
-            token_ids=ints(most, dtype=torch.int64),
-            positions=ints(most, dtype=torch.int64),
-            query_start=torch.arange(most + 1, dtype=torch.int32, device=model.device),
-            context_len=ints(most),
-            full=kind(min(longest, blocks.full.num_blocks)),
-            chunked=kind(min(longest, chunk, blocks.chunked.num_blocks)),
-            logits_rows=torch.arange(most, device=model.device),
-            max_query_len=1,
-            max_context_len=self._longest,
-        )
-        self._captured: dict[int, tuple[Replay, LogitRows]] = {}
+        longest, chunk = -(-self._longest // size), text.attention_chunk_size // size
+        # One table of each kind for all sizes: as wide as the longest sequence may ever need.
+        widths = (min(longest, blocks.full.num_blocks), min(longest, chunk, blocks.chunked.num_blocks))
+        shapes = [(self._most, width) for width in widths]
+        self._tables = [torch.zeros(shape, dtype=torch.int32, device=model.device) for shape in shapes]
+        self._captured: dict[int, tuple[_Buffers, Replay, LogitRows]] = {}
 
     def takes(self, step: StepInput) -> bool:
         """One token of each sequence, all of which want logits, and no pictures."""
@@ -101,47 +88,58 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def rows(self, step: StepInput) -> LogitRows:
-        """As `Model.rows`; the result is good until the next step. Raises CaptureError."""
+        """As `Model.rows`, of a step on the host; the result is good until the next step. Raises CaptureError."""
         count = step.token_ids.shape[0]
         size = SIZES[bisect.bisect_left(SIZES, count)]
-        self._fill(step, count, size)
         if size not in self._captured:
-            self._captured[size] = self._capture_size(size)
-        replay, rows = self._captured[size]
+            buffers = _Buffers(size, self._tables, self._longest)
+            buffers.fill(step)
+            self._captured[size] = (buffers, *self._capture_step(buffers.step))
+        buffers, replay, rows = self._captured[size]
+        buffers.fill(step)
         replay()
         return replace(rows, hidden=rows.hidden[:count])
 
-    def _capture_size(self, size: int) -> tuple[Replay, LogitRows]:
+    def _capture_step(self, step: StepInput) -> tuple[Replay, LogitRows]:
         try:
-            return self._capture(lambda: self._model.rows(self._part(size), self._kv))
+            return self._capture(lambda: self._model.rows(step, self._kv))
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
 
-    def _fill(self, step: StepInput, count: int, size: int) -> None:
-        """Put the step's `count` sequences into the buffers, and nobody into those up to `size`."""
-        mine = self._step
-        mine.token_ids[:count].copy_(step.token_ids, non_blocking=True)
-        mine.positions[:count].copy_(step.positions, non_blocking=True)
-        mine.context_len[:count].copy_(step.context_len, non_blocking=True)
-        for ours, theirs in ((mine.full, step.full), (mine.chunked, step.chunked)):
-            ours.block_table[:count, : theirs.block_table.shape[1]].copy_(theirs.block_table, non_blocking=True)
-            ours.kv_start[:count].copy_(theirs.kv_start, non_blocking=True)
-            ours.slots[:count].copy_(theirs.slots, non_blocking=True)
-            ours.slots[count:size].fill_(-1)
-            ours.kv_start[count:size].zero_()
-        mine.token_ids[count:size].zero_()
-        mine.positions[count:size].zero_()
-        mine.context_len[count:size].zero_()
 
-    def _part(self, size: int) -> StepInput:
-        """The buffers of `size` sequences."""
-        mine = self._step
+class _Buffers:
+    """The step of `size` sequences that a graph reads. What changes in it from one to the next is a single copy, and
+    one for each table."""
 
-        def kind(of: PagedKind) -> PagedKind:
-            return PagedKind(of.block_table[:size], of.kv_start[:size], of.slots[:size])
-
-        return replace(
-            mine, token_ids=mine.token_ids[:size], positions=mine.positions[:size],
-            query_start=mine.query_start[: size + 1], context_len=mine.context_len[:size],
-            full=kind(mine.full), chunked=kind(mine.chunked), logits_rows=mine.logits_rows[:size],
+    def __init__(self, size: int, tables: list[torch.Tensor], longest: int) -> None:
+        self._size = size
+        device = tables[0].device
+        blank = [torch.zeros(size, dtype=dtype) for dtype in [torch.int64] * 4 + [torch.int32] * 3]
+        self._packed = pack(blank, device).to(device, non_blocking=True)
+        ids, positions, full_slots, chunked_slots, context_len, full_start, chunk_start = unpack(self._packed, blank)
+        self._tables = [table[:size] for table in tables]
+        places = torch.arange(size + 1, device=device)
+        self.step = StepInput(
+            ids, positions, query_start=places.int(), context_len=context_len,
+            full=PagedKind(self._tables[0], full_start, full_slots),
+            chunked=PagedKind(self._tables[1], chunk_start, chunked_slots),
+            logits_rows=places[:size], max_query_len=1, max_context_len=longest,
         )  # fmt: skip
+
+    def fill(self, step: StepInput) -> None:
+        """Become a step that lies on the host, but for token ids that were drawn on the device; nobody is in the places
+        behind it."""
+        count, device = step.token_ids.shape[0], self._packed.device
+        are_here = step.token_ids.device.type != "cpu"
+        ids = torch.zeros(count, dtype=torch.int64) if are_here else step.token_ids
+        vectors = (
+            (ids, 0), (step.positions, 0), (step.full.slots, -1), (step.chunked.slots, -1), (step.context_len, 0),
+            (step.full.kv_start, 0), (step.chunked.kv_start, 0),
+        )  # fmt: skip
+        filled_up = [F.pad(vector, (0, self._size - count), value=nobody) for vector, nobody in vectors]
+        self._packed.copy_(pack(filled_up, device), non_blocking=True)
+        if are_here:
+            self.step.token_ids[:count].copy_(step.token_ids)
+        tables = send([step.full.block_table, step.chunked.block_table], device)
+        for mine, theirs in zip(self._tables, tables, strict=True):
+            mine[:count, : theirs.shape[1]].copy_(theirs)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from batch.kernels.transfer import send
 from batch.requests import SamplingParams, TokenMask
 
 
@@ -55,11 +56,13 @@ class LogitRules:
             values = row[seen]
             row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if self.drawn and (p.presence_penalty or p.frequency_penalty):
-            counts = torch.tensor(list(self.drawn.values()), dtype=row.dtype, device=row.device)
-            row[_index(list(self.drawn), row)] -= p.presence_penalty + p.frequency_penalty * counts
+            counts = torch.tensor(list(self.drawn.values()), dtype=row.dtype)
+            seen, counts = send([torch.tensor(list(self.drawn)), counts], row.device)
+            row[seen] -= p.presence_penalty + p.frequency_penalty * counts
         if p.logit_bias:
-            biases = torch.tensor([bias for _, bias in p.logit_bias], dtype=row.dtype, device=row.device)
-            row[_index([token for token, _ in p.logit_bias], row)] += biases
+            places, biases = zip(*p.logit_bias, strict=True)
+            where, added = send([torch.tensor(places), torch.tensor(biases, dtype=row.dtype)], row.device)
+            row[where] += added
         if step < p.min_tokens and self.stop_ids:
             row[_index(sorted(self.stop_ids), row)] = -math.inf
 
@@ -87,10 +90,10 @@ def _allowed(masks: list[TokenMask], vocab: int, device: torch.device) -> torch.
     rows = np.zeros((len(masks), math.ceil(vocab / 32)), np.int32)
     for row, mask in zip(rows, masks, strict=True):
         mask.fill(row)
-    packed = torch.from_numpy(rows.view(np.uint8)).to(device)  # [R, 4 · ceil(V / 32)], little-endian
+    (packed,) = send([torch.from_numpy(rows.view(np.uint8))], device)  # [R, 4 · ceil(V / 32)], little-endian
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1  # [R, bytes, 8]
     return bits.view(len(masks), -1)[:, :vocab].bool()
 
 
 def _index(places: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(places, dtype=torch.int64, device=like.device)
+    return send([torch.tensor(places, dtype=torch.int64)], like.device)[0]

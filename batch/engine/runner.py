@@ -60,12 +60,12 @@ class Runner:
             except CaptureError as error:
                 note(f"{self.model.device} captures no steps ({error}): decoding launches every kernel by itself")
                 self.graphs = None
-        return self.model.forward(step.to(self.model.device), self.kv)
+        return self.model.forward(step, self.kv)
 
     def rows(self, step: StepInput) -> LogitRows:
         """The same rows before the head."""
         assert self.kv is not None, "the engine is closed"
-        return self.model.rows(step.to(self.model.device), self.kv)
+        return self.model.rows(step, self.kv)
 
     def build(self, plan: list[Piece], token_ids: torch.Tensor | None = None) -> StepInput:
         """StepInput of a plan, on the CPU but for image features, and for `token_ids` int64 [T] where the host does not

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from batch.kernels import ops
+from batch.kernels.transfer import fetch, send
 from batch.requests import SamplingParams, TokenLogprob
 
 FIRST_CANDIDATES = 128  # enough for most draws of a trained model; a row that needs more looks at its whole vocabulary
@@ -51,8 +53,8 @@ class Drawing:
     ) -> None:
         self.tokens = tokens
         self._params = params
-        self._both = _sent(torch.stack([tokens, torch.isfinite(best).long()]))
-        self._logprobs = [_sent(found) for found in _logprobs(raw, params, tokens)]
+        self._both = fetch(torch.stack([tokens, torch.isfinite(best).long()]))
+        self._logprobs = [fetch(found) for found in _logprobs(raw, params, tokens)]
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._event = torch.cuda.current_stream(tokens.device).record_event()
@@ -77,13 +79,6 @@ class Drawing:
         return found
 
 
-def _sent(found: torch.Tensor) -> torch.Tensor:
-    """On its way to the host, where it is not there."""
-    if not found.is_cuda:
-        return found
-    return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
-
-
 def draw(
     logits: torch.Tensor, params: list[SamplingParams], steps: list[int], asked: torch.Tensor | None = None
 ) -> Drawing:
@@ -96,14 +91,28 @@ def draw(
     best, tokens = _best(logits)
     rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if rows:
-        slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
-        for start in range(0, len(rows), slice_rows):
-            part = rows[start : start + slice_rows]
-            index = torch.tensor(part, device=logits.device)
-            keys = [_signed(derive_seed(params[i].seed, steps[i])) for i in part]
-            asking = [params[i] for i in part]
-            tokens[index] = _draw(logits[index], torch.tensor(keys, device=logits.device), asking, FIRST_CANDIDATES)
+        keys = [_signed(derive_seed(params[i].seed, steps[i])) for i in rows]
+        _draw_rows(logits, tokens, rows, keys, [params[i] for i in rows])
     return Drawing(tokens, best, raw, params)
+
+
+def _draw_rows(
+    logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], keys: list[int], params: list[SamplingParams]
+) -> None:
+    """Put the tokens of some rows into `tokens` [N]."""
+    kernels = ops.cuda_kernels(logits)
+    if kernels is not None:
+        limits = [(p.temperature, p.top_p, math.log(p.min_p) if p.min_p > 0 else -math.inf) for p in params]
+        whole = [(row, key, p.top_k) for row, key, p in zip(rows, keys, params, strict=True)]
+        sent = send([torch.tensor(limits, dtype=torch.float64), torch.tensor(whole)], logits.device)
+        kernels.draw(logits.contiguous(), tokens, *sent, FIRST_CANDIDATES)
+        return
+    slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
+    for start in range(0, len(rows), slice_rows):
+        part = slice(start, start + slice_rows)
+        index = torch.tensor(rows[part], device=logits.device)
+        mine = torch.tensor(keys[part], device=logits.device)
+        tokens[index] = _draw(logits[index], mine, params[part], FIRST_CANDIDATES)
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,12 +139,15 @@ def keep_mask(values: torch.Tensor, total: torch.Tensor, params: list[SamplingPa
     cut = torch.tensor([p.top_k > 0 for p in params], device=device)
     norm = torch.where(cut, kept_sum, total)
     probs = torch.exp(values - norm[:, None])
-    before = probs.cumsum(dim=1) - probs  # mass of the better candidates
-    # top_p 1 keeps all, whatever the rounding of the sum; the best candidate always stays.
+    # Mass of the better candidates, the same for all of one value: which of them comes first means nothing.
+    rising = -values
+    equals = torch.searchsorted(rising, rising).clamp_(max=width - 1)  # NaN is nowhere
+    before = (probs.cumsum(dim=1) - probs).gather(1, equals)
+    # top_p 1 keeps all, whatever the rounding of the sum; the best value always stays.
     kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept &= values >= values[:, :1] + torch.log(min_p)[:, None]  # p ≥ min_p · p_max
     kept &= values > -math.inf  # what a grammar forbids
-    kept[:, 0] = True
+    kept |= values == values[:, :1]
     return kept
 
 
@@ -156,9 +168,9 @@ def _is_unfiltered(p: SamplingParams) -> bool:
 def _draw(logits: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams], most_candidates: int) -> torch.Tensor:
     """Tokens int64 [R] of non-greedy rows: logits float32 [R, V], keys int64 [R].
 
-    Looks at the few best candidates only. A row without filters has one more candidate, "the rest", with the
-    probability of all other tokens; if that wins, one of them is drawn in the same way. A row whose filters reach
-    past its candidates is drawn again from more of them.
+    Looks at the few best candidates only. A row without filters draws from those that are better than the last of them
+    and one more, "the rest", with the probability of all other tokens; if that wins, one of them is drawn in the same
+    way. A row whose filters reach past its candidates is drawn again from more of them.
     """
     vocab = logits.shape[1]
     width = min(most_candidates, vocab)
@@ -167,16 +179,19 @@ def _draw(logits: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams]
     scaled = values.double() / temperature
     total = torch.logsumexp(logits / temperature.float(), dim=1).double()  # [R]
     unfiltered = torch.tensor([_is_unfiltered(p) for p in params], device=logits.device)  # [R]
-    kept = keep_mask(scaled, total, params) | unfiltered[:, None]
-    best, place = (scaled + gumbel_noise(keys[:, None], ids)).masked_fill_(~kept, -math.inf).max(dim=1)  # [R]
+    inside = values > values[:, -1:] if width < vocab else torch.ones_like(values, dtype=torch.bool)
+    kept = torch.where(unfiltered[:, None], inside, keep_mask(scaled, total, params))
+    noisy = (scaled + gumbel_noise(keys[:, None], ids)).masked_fill_(~kept, -math.inf)
+    best, place = noisy.max(dim=1)  # [R]
     tokens = ids.gather(1, place[:, None])[:, 0]
     if width == vocab:
         return tokens
-    rest = _log_rest(scaled, total) + gumbel_noise(keys, torch.full_like(keys, vocab))  # [R]
+    rest = _log_rest(scaled.masked_fill(~inside, -math.inf), total) + gumbel_noise(keys, torch.full_like(keys, vocab))
     has_rest = scaled[:, -1] > -math.inf  # otherwise a grammar forbids all others, whatever the rounding of `total`
     others = (unfiltered & has_rest & (rest > best)).nonzero()[:, 0]
     if len(others):
-        tokens[others] = _draw_other(logits[others].double() / temperature[others], ids[others], keys[others])
+        limit = values[others, -1:]
+        tokens[others] = _draw_other(logits[others], limit, temperature[others], keys[others])
     # Candidates suffice where a filter already refuses the last of them, and all of the top k are among them.
     past_end = kept[:, -1] | torch.tensor([p.top_k >= width for p in params], device=logits.device)
     short = (past_end & ~unfiltered).nonzero()[:, 0]
@@ -186,10 +201,13 @@ def _draw(logits: torch.Tensor, keys: torch.Tensor, params: list[SamplingParams]
     return tokens
 
 
-def _draw_other(scaled: torch.Tensor, first: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Tokens int64 [R] from rows float64 [R, V], none of `first` [R, K]."""
-    ids = torch.arange(scaled.shape[1], device=scaled.device)[None, :]
-    return scaled.scatter(1, first, -math.inf).add_(gumbel_noise(keys[:, None], ids)).argmax(dim=1)
+def _draw_other(
+    logits: torch.Tensor, limit: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Tokens int64 [R] of logits float32 [R, V] that are no better than `limit` [R, 1]."""
+    ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
+    scaled = (logits.double() / temperature).masked_fill_(logits > limit, -math.inf)
+    return scaled.add_(gumbel_noise(keys[:, None], ids)).argmax(dim=1)
 
 
 def _log_rest(scaled: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -209,7 +227,7 @@ def _logprobs(logits: torch.Tensor, params: list[SamplingParams], tokens: torch.
     if not rows:
         return ()
     if len(rows) < len(params):
-        index = torch.tensor(rows, device=logits.device)
+        (index,) = send([torch.tensor(rows)], logits.device)
         logits, tokens = logits[index], tokens[index]  # [R, V], [R]
     total = torch.logsumexp(logits, dim=1, keepdim=True)
     chosen = (logits.gather(1, tokens[:, None]) - total)[:, 0]

@@ -21,6 +21,7 @@ from batch.engine.runner import ImageEncodingError
 from batch.engine.sequence import Piece
 from batch.engine.sequence import Sequence as EngineSequence
 from batch.engine.token_scores import kl_bin, score_rows
+from batch.kernels.transfer import send
 from batch.requests import ImageTiles, TokenScores
 from l4tool.core.errors import DeviceError, L4Error
 
@@ -242,7 +243,7 @@ class Scorer:
             for turn, each in zip(turns, pieces, strict=True)
             for token in turn.scored.target.tokens[each[0].logits_from + 1 : turn.end + 1]
         ]
-        targets = torch.tensor(wanted, dtype=torch.int64, device=rows[0].hidden.device)  # [N]
+        (targets,) = send([torch.tensor(wanted, dtype=torch.int64)], rows[0].hidden.device)  # [N]
         nll, kl = np.empty((len(rows), len(wanted))), np.empty(len(wanted))
         same = np.empty(len(wanted), np.bool_)
         for first in range(0, len(wanted), self.max_rows):

@@ -10,7 +10,14 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from batch.kernels import reference, triton_attention, triton_experts, triton_fused, triton_support
+from batch.kernels import (
+    reference,
+    triton_attention,
+    triton_experts,
+    triton_fused,
+    triton_sampling,
+    triton_support,
+)
 from batch.kernels.linears import DenseLinear, Experts, FusedLinear, Linear
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.triton_banks import Bank
@@ -20,6 +27,7 @@ BESIDE_ROWS = 1024  # tokens of a step up to which the experts' weights take lon
 
 runs_on = triton_support.runs_on
 add_rms_norm = triton_fused.add_rms_norm
+draw = triton_sampling.draw
 
 
 def store_qkv(

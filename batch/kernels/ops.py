@@ -70,11 +70,18 @@ def packer(device: torch.device, dtype: torch.dtype) -> Any:
     return panels if vector_ir.has_avx512_bf16() else None
 
 
+def cuda_kernels(x: torch.Tensor) -> Any:
+    """cuda.py where x goes through it, else None."""
+    wanted = _only == "cuda" or (_only is None and x.is_cuda)
+    return _cuda() if wanted and _cuda().runs_on(x) else None
+
+
 def _kernels(x: torch.Tensor) -> Any:
     if _only == "reference":
         return reference
-    if (x.is_cuda or _only == "cuda") and _cuda().runs_on(x):
-        return _cuda()
+    kernels = cuda_kernels(x)
+    if kernels is not None:
+        return kernels
     if x.device.type == "cpu" and x.dtype in CPU_DTYPES:
         return _cpu()
     return reference

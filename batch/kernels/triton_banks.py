@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from batch.kernels.linears import DenseLinear, Fp8Linear, FusedLinear, Int4Linear, Linear
+from batch.kernels.transfer import send
 from batch.kernels.triton_support import ceil_div, knows_fp8, power_of_two
 
 DENSE, INT4, FP8, FP8_TOKENS = 0, 1, 2, 3  # FP8_TOKENS: activations in e4m3, too
@@ -58,7 +59,7 @@ class Bank:
         addresses = [tensor.data_ptr() for part in parts for tensor in _data(part)]
         table = torch.tensor(addresses, dtype=torch.int64).view(len(weights), -1).T.contiguous()
         held = tuple(tensor for part in parts for tensor in part.tensors())
-        return Bank(form, table.to(held[0].device), gated, held)
+        return Bank(form, send([table], held[0].device)[0], gated, held)
 
 
 def _halves(weight: Linear) -> tuple[Linear, ...]:

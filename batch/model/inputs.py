@@ -10,12 +10,14 @@ cached positions kv_start ≤ position ≤ p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 
-T = TypeVar("T")
+from batch.kernels.transfer import send
+
+OF_KIND = ("block_table", "kv_start", "slots")
+OWN = ("token_ids", "positions", "query_start", "context_len", "logits_rows", "image_rows", "image_features")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,12 @@ class StepInput:
 
     def to(self, device: torch.device) -> StepInput:
         """The same step on a device; itself where it is there. Tokens drawn on the device are there before the rest."""
-        if self.positions.device == device:
+        if self.positions.device.type == device.type:
             return self
-        return replace(_moved(self, device), full=_moved(self.full, device), chunked=_moved(self.chunked, device))
-
-
-def _moved(of: T, device: torch.device) -> T:
-    """A dataclass with its tensors on a device."""
-    tensors = {field.name: getattr(of, field.name) for field in fields(of)}  # type: ignore[arg-type]
-    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    return replace(of, **moved)  # type: ignore[type-var]
+        own = [name for name in OWN if getattr(self, name) is not None]
+        kinds = (self.full, self.chunked)
+        tensors = [getattr(self, name) for name in own] + [getattr(kind, name) for kind in kinds for name in OF_KIND]
+        there = send(tensors, device)
+        moved = dict(zip(own, there, strict=False))
+        full, chunked = (PagedKind(*there[first : first + 3]) for first in (len(own), len(own) + 3))
+        return replace(self, full=full, chunked=chunked, **moved)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ class Slice:
 
 
 def slices(step: StepInput, most: int = SLICE_TOKENS) -> list[Slice]:
-    """The step in slices of at most `most` tokens, in order."""
+    """The step, which lies on the host where it is larger, in slices of at most `most` tokens, in order."""
     tokens = step.token_ids.shape[0]
     if tokens <= most:
         return [Slice(slice(0, tokens), step)]
@@ -56,8 +56,7 @@ def _cut(step: StepInput, starts: list[int], context: list[int], first: int, end
 
 
 def _kind(kind: PagedKind, rows: slice, sequences: torch.Tensor) -> PagedKind:
-    where = sequences.to(kind.block_table.device)
-    return PagedKind(kind.block_table[where], kind.kv_start[where], kind.slots[rows])
+    return PagedKind(kind.block_table[sequences], kind.kv_start[sequences], kind.slots[rows])
 
 
 def rows_of(rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

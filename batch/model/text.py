@@ -62,12 +62,16 @@ class TextModel:
         return self.rows(step, kv).logits()
 
     def rows(self, step: StepInput, kv: KVCache) -> LogitRows:
-        """One step, up to the head.
+        """One step, up to the head; it may lie on the host still.
 
         Each layer computes all tokens before the next begins, a slice of them at a time where they are many.
         """
+        device = self.inverse.device
+        cut = slices(step)  # on the host, where that does not wait for anything
+        step = step.to(device)
         hidden = self._embed(step)  # [T, H]
-        parts = [(part.rows, part.step, self._tables(part.step)) for part in slices(step)]
+        moved = [(part.rows, part.step.to(device) if len(cut) > 1 else step) for part in cut]
+        parts = [(rows, part, self._tables(part)) for rows, part in moved]
         deltas: list[tuple[torch.Tensor, ...]] = [() for _ in parts]  # what the layer before still adds to `hidden`
         for index in range(self.arch.num_layers):
             layer = self.weights.layer(index)

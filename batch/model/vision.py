@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from batch.kernels.reference import rotate
+from batch.kernels.transfer import send
 from batch.model.weights import Loader
 from l4tool.core.arch import VisionArch
 
@@ -102,7 +103,8 @@ class VisionModel:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, S, S] → features [N·F, H] in the activation dtype, tile after tile."""
         w = self.weights
-        normal = (pixels.to(w.patch.device).float() / 255.0 - 0.5) / 0.5
+        (pixels,) = send([pixels], w.patch.device)
+        normal = (pixels.float() / 255.0 - 0.5) / 0.5
         x = F.linear(self._patches(normal.to(w.patch.dtype)), w.patch)  # [N, P·P, W]
         x = torch.cat([x, w.class_token.expand(x.shape[0], 1, -1)], dim=1)  # [N, C, W]
         x = w.norm_pre.norm(x + w.position)

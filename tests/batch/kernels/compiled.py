@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from batch.kernels import triton_attention, triton_experts, triton_fused
+from batch.kernels import triton_attention, triton_experts, triton_fused, triton_sampling
 from batch.kernels.linears import DenseLinear, Fp8Linear, FusedLinear, Int4Linear
 from batch.kernels.paging import LayerCache, PagedBatch
 from batch.kernels.triton_banks import Bank
@@ -118,6 +118,12 @@ def fused():
     triton_fused.store_qkv(qkv, HEADS, cache_of(torch.float8_e4m3fn), slots, rotation, 1e-5, None)
 
 
+def sampling():
+    tokens, whole = torch.zeros(4, dtype=torch.int64), torch.zeros((4, 3), dtype=torch.int64)
+    logits, reals = empty(4, 202048, dtype=torch.float32), empty(4, 3, dtype=torch.float64)
+    triton_sampling.draw(logits, tokens, reals, whole, 128)
+
+
 def quantize():
     for dtype in (torch.bfloat16, torch.float32):
         for weight in (empty(INNER, HIDDEN, dtype=dtype), empty(HIDDEN, INNER, dtype=dtype).T):
@@ -130,4 +136,11 @@ if __name__ == "__main__":
     driver.set_active(Target())
     JITFunction.run = compile_only
     for part in sys.argv[1:]:
-        {"experts": experts, "float32": float32, "attention": attention, "fused": fused, "quantize": quantize}[part]()
+        {
+            "experts": experts,
+            "float32": float32,
+            "attention": attention,
+            "fused": fused,
+            "quantize": quantize,
+            "sampling": sampling,
+        }[part]()

@@ -18,7 +18,7 @@ MOST_FLOAT32_STACK_BYTES = 2048  # of each thread that a card can run at a time:
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("part, tensor_core", [
     ("experts", {"_product": {"wgmma"}}), ("attention", {"_prefill": {"wgmma"}, "_decode": {"mma"}}), ("fused", {}),
-    ("float32", {}), ("quantize", {}),
+    ("float32", {}), ("quantize", {}), ("sampling", {}),
 ])  # fmt: skip
 def test_kernels_compile(part, tensor_core, tmp_path):
     pytest.importorskip("triton")

@@ -21,6 +21,10 @@ class Meter(Protocol):
 
     def peak(self) -> int: ...
 
+    def kept(self) -> int:
+        """What stays taken beside what is in use, as the memory of graphs does."""
+        ...
+
 
 class DeviceMeter:
     """What torch allocates on one CUDA device."""
@@ -38,13 +42,18 @@ class DeviceMeter:
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
+    def kept(self) -> int:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
 
 def worst_step_bytes(
     model: Model, max_batch_tokens: int, max_seqs: int, block_size: int, room_bytes: int, meter: Meter
 ) -> int:
-    """Bytes that a step of `max_batch_tokens` tokens takes, `max_seqs` of which draw a token with every filter on, or
-    the vision tower's largest step. Its own KV cache, of at most `room_bytes`, does not count and is gone afterwards.
-    Raises DeviceError where nothing fits."""
+    """Bytes that a step of `max_batch_tokens` tokens takes, `max_seqs` of which draw a token with filters on, or the
+    vision tower's largest step; and what the graphs of decoding steps keep. Its own KV cache, of at most `room_bytes`,
+    does not count and is gone afterwards. Raises DeviceError where nothing fits."""
     length = max(max_batch_tokens // max_seqs, 1)
     blocks = max_seqs * (ceil_div(length + 1, block_size) + 1)
     needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.kv_dtype.itemsize)
@@ -55,10 +64,11 @@ def worst_step_bytes(
         side = model.arch.vision.image_size
         tiles = np.zeros((TILES_AT_ONCE, model.arch.vision.num_channels, side, side), np.uint8)
         engine.features.encode([ImageTiles(tiles, (TILES_AT_ONCE - 1, 1))])
-    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9)
+    sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)  # the second in a decoding step
     for number in range(max_seqs):
         engine.add(number, [0] * length, sampling)
     while engine.has_work:
         engine.step()
+    taken = meter.peak() + meter.kept()
     engine.close()
-    return meter.peak()
+    return taken

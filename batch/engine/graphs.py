@@ -2,7 +2,7 @@
 launch, where launching some twenty kernels for each layer would take longer than they run.
 
 A step is put into buffers that stay where they are; rows that fill up a size have no slot, see no keys, and are
-dropped. What is captured ends before the head, so that the graphs keep hidden states only, not logits.
+dropped. A size is captured with such rows alone. What is captured ends before the head, so that the graphs keep hidden states only, not logits.
 
 Legend as in batch/model/inputs.py: S sequences in the step, which has one token of each.
 """
@@ -91,20 +91,23 @@ class DecodeGraphs:
         """As `Model.rows`, of a step on the host; the result is good until the next step. Raises CaptureError."""
         count = step.token_ids.shape[0]
         size = SIZES[bisect.bisect_left(SIZES, count)]
+        if not self._captured:
+            self._add(self._most)  # first, so that all others find their memory in the pool
         if size not in self._captured:
-            buffers = _Buffers(size, self._tables, self._longest)
-            buffers.fill(step)
-            self._captured[size] = (buffers, *self._capture_step(buffers.step))
+            self._add(size)
         buffers, replay, rows = self._captured[size]
         buffers.fill(step)
         replay()
         return replace(rows, hidden=rows.hidden[:count])
 
-    def _capture_step(self, step: StepInput) -> tuple[Replay, LogitRows]:
+    def _add(self, size: int) -> None:
+        """Capture steps of one size, of nobody's tokens."""
+        buffers = _Buffers(size, self._tables, self._longest)
         try:
-            return self._capture(lambda: self._model.rows(step, self._kv))
+            captured = self._capture(lambda: self._model.rows(buffers.step, self._kv))
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
+        self._captured[size] = (buffers, *captured)
 
 
 class _Buffers:
@@ -114,7 +117,8 @@ class _Buffers:
     def __init__(self, size: int, tables: list[torch.Tensor], longest: int) -> None:
         self._size = size
         device = tables[0].device
-        blank = [torch.zeros(size, dtype=dtype) for dtype in [torch.int64] * 4 + [torch.int32] * 3]
+        nobody = torch.full((size,), -1)
+        blank = [torch.zeros_like(nobody)] * 2 + [nobody] * 2 + [torch.zeros(size, dtype=torch.int32)] * 3
         self._packed = pack(blank, device).to(device, non_blocking=True)
         ids, positions, full_slots, chunked_slots, context_len, full_start, chunk_start = unpack(self._packed, blank)
         self._tables = [table[:size] for table in tables]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from batch.model.vision import VisionModel
 from batch.requests import ImageTiles
+from l4tool.core.console import note
 
 if TYPE_CHECKING:
     from batch.model.model import Model
@@ -120,21 +121,53 @@ def encoder_of(model: Model, tiles_at_once: int | None = None) -> Encode:
         tiles_at_once = TILES_AT_ONCE if model.device.type == "cuda" else 1
     if model.vision is None or model.is_streamed or tiles_at_once == 1:
         return model.encode_images
-    return functools.partial(_encode_together, cast("VisionModel", model.vision), tiles_at_once)
+    return TileEncoder(cast("VisionModel", model.vision), tiles_at_once)
 
 
-@torch.inference_mode()
-def _encode_together(tower: VisionModel, tiles_at_once: int, images: list[ImageTiles]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    group: list[ImageTiles] = []
-    for image, following in itertools.zip_longest(images, images[1:]):
-        group.append(image)
-        tiles = [len(one.pixels) for one in group]
-        if following is None or sum(tiles) + len(following.pixels) > tiles_at_once:
-            features = tower.encode(torch.from_numpy(np.concatenate([one.pixels for one in group])))
-            found += features.split([count * tower.arch.tokens_per_tile for count in tiles])
-            group = []
-    return found
+class TileEncoder:
+    """The tower over pictures in groups of at most `tiles_at_once` tiles. Where memory runs out it takes half as many
+    tiles from then on, parts of pictures, too."""
+
+    def __init__(self, tower: VisionModel, tiles_at_once: int) -> None:
+        self._tower = tower
+        self._tiles_at_once = tiles_at_once
+        self._most = sys.maxsize  # that were ever found to be too many, halved
+
+    @torch.inference_mode()
+    def __call__(self, images: list[ImageTiles]) -> list[torch.Tensor]:
+        """Each picture's features [·, H]."""
+        found: list[torch.Tensor] = []
+        for group in self._groups(images):
+            features = self._encode(torch.from_numpy(np.concatenate([image.pixels for image in group])))
+            found += features.split([len(image.pixels) * self._tower.arch.tokens_per_tile for image in group])
+        return found
+
+    def _groups(self, images: list[ImageTiles]) -> Iterator[list[ImageTiles]]:
+        group: list[ImageTiles] = []
+        for image in images:
+            tiles = sum(len(one.pixels) for one in (*group, image))
+            if group and tiles > min(self._tiles_at_once, self._most):
+                yield group
+                group = []
+            group.append(image)
+        if group:
+            yield group
+
+    def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Features of tiles uint8 [N, 3, S, S]: tiles do not look at each other."""
+        done: list[torch.Tensor] = []
+        while len(tiles):
+            part = tiles[: self._most]
+            try:
+                done.append(self._tower.encode(part))
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._most = len(part) // 2
+                note(f"{len(part)} tiles of pictures ran out of memory: from now on {self._most} at a time")
+            else:
+                tiles = tiles[len(part) :]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class FeatureCache:
@@ -154,13 +187,23 @@ class FeatureCache:
             self.num_encoded += len(images)
             return self._encode(images)
         missing = {image.digest: image for image in images if image.digest not in self._features}
-        new = dict(zip(missing, self._encode(list(missing.values())), strict=True)) if missing else {}
+        known = {image.digest: self._features[image.digest] for image in images if image.digest not in missing}
+        new = dict(zip(missing, self._encode_new(list(missing.values())), strict=True)) if missing else {}
         self.num_encoded += len(new)
         self.num_saved += len(images) - len(new)
-        found = [new[i.digest] if i.digest in new else self._features[i.digest] for i in images]
+        found = [new[i.digest] if i.digest in new else known[i.digest] for i in images]
         for image, features in zip(images, found, strict=True):
             self._keep(image.digest, features)
         return found
+
+    def _encode_new(self, images: list[ImageTiles]) -> list[torch.Tensor]:
+        try:
+            return self._encode(images)
+        except torch.OutOfMemoryError:
+            if not self._features:
+                raise
+            self.clear()
+        return self._encode(images)
 
     def clear(self) -> None:
         self._features.clear()

@@ -115,14 +115,17 @@ class Scale:
     def peak(self):
         return 1000 * max(self.tokens) + max(self.rows)
 
+    def kept(self):
+        return 1_000_000
 
-@pytest.mark.parametrize("room_bytes, largest", [(1 << 30, 96_006), (100_000, None)])
+
+@pytest.mark.parametrize("room_bytes, largest", [(1 << 30, 1_096_006), (100_000, None)])
 def test_the_largest_step_is_run(scout_tiny, monkeypatch, room_bytes, largest):
     model = load_model(open_checkpoint(scout_tiny))
     scale = Scale(monkeypatch, model)
     seen = worst_step_bytes(model, 96, 6, 16, room_bytes, scale)
-    assert sum(scale.tokens) == 96 and scale.tiles == TILES_AT_ONCE
-    assert seen == largest or (largest is None and seen < 96_006)  # with little room, in several steps
+    assert sum(scale.tokens) >= 96 + 6 and scale.tiles == TILES_AT_ONCE
+    assert seen == largest or (largest is None and seen < 1_096_006)  # with little room, in several steps
 
 
 def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):

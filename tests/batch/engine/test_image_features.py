@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batch.engine.engine import Engine, EngineConfig
-from batch.engine.image_features import encoder_of
+from batch.engine.image_features import FeatureCache, encoder_of
 from batch.requests import ImageTiles, SamplingParams
 
 
@@ -45,3 +45,62 @@ def test_a_step_asks_once_for_the_pictures_of_all_its_sequences(scout, monkeypat
     while engine.has_work:
         engine.step()
     assert calls == [3]
+
+
+@pytest.fixture
+def few_tiles_fit(scout, monkeypatch):
+    """A device that has memory for so many tiles: (how many, sizes that it was asked for)."""
+    room, asked, encode = [3], [], type(scout.vision).encode
+
+    def limited(tower, pixels):
+        asked.append(len(pixels))
+        if len(pixels) > room[0]:
+            raise torch.OutOfMemoryError("none left")
+        return encode(tower, pixels)
+
+    monkeypatch.setattr(type(scout.vision), "encode", limited)
+    return room, asked
+
+
+def test_where_memory_runs_out_fewer_tiles_go_together(scout, few_tiles_fit, capsys):
+    images = pictures(scout.arch, (1, 2, 5, 1))
+    few_tiles_fit[0][0] = 100
+    expected = [scout.encode_images([image])[0] for image in images]
+    few_tiles_fit[0][0] = 3
+    few_tiles_fit[1].clear()
+    encode = encoder_of(scout, 32)
+    for _ in range(2):
+        for ours, theirs in zip(encode(images), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    # All nine, then half as many until it fits, in groups from the second call on.
+    assert few_tiles_fit[1] == [9, 4, 2, 2, 2, 2, 1, 1, 2, 2, 2, 1, 1]
+    assert capsys.readouterr().err.count("at a time") == 2
+
+
+def test_features_that_are_kept_make_room_for_others(scout, few_tiles_fit):
+    first, second = pictures(scout.arch, (1, 1))
+    cache = FeatureCache(encoder_of(scout, 32), 1 << 20)
+    kept = cache.encode([first])[0]
+    few_tiles_fit[0][0] = 0
+    clear = cache.clear
+
+    def make_room():
+        clear()
+        few_tiles_fit[0][0] = 1
+
+    cache.clear = make_room
+    both = cache.encode([first, second])
+    assert both[0] is kept and both[1].shape == kept.shape and cache.num_encoded == 2
+
+
+def test_a_picture_for_which_there_is_no_memory_fails_alone(scout, few_tiles_fit):
+    few_tiles_fit[0][0] = 0
+    engine = Engine(scout, EngineConfig(64, 8, 16 << 20, 16), eos_token_ids=())
+    engine.features = engine.runner.features = FeatureCache(encoder_of(scout, 32), 0)
+    token, per_tile = scout.arch.image_token_id, scout.arch.vision.tokens_per_tile
+    (picture,) = pictures(scout.arch, (1,))
+    lost = engine.add(0, [1, *[token] * per_tile, 2], SamplingParams(2), (picture,))
+    other = engine.add(1, [1, 2, 3], SamplingParams(2))
+    while engine.has_work:
+        engine.step()
+    assert lost.error[0] == "image_error" and "none left" in lost.error[1] and len(other.output) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batch.inputs import Lines, open_input
-from batch.job import BatchOptions, Front, load_front, make_preparer
+from batch.job import BatchOptions, Front, load_front, make_preparer, require_consistent
 from batch.jsonl import LineReader
 from batch.key_table import KeyTable
 from batch.line_keys import LineKeys, id_key
@@ -103,6 +103,7 @@ class Findings:
 
 def check_inputs(inputs: list[str], options: BatchOptions, rate: float | None = None) -> Findings:
     """Prepare every line of the inputs. Raises L4Error for what would end a run before its first line."""
+    require_consistent(options)
     front = load_front(options)
     found = Findings(rate=rate, rate_source="--rate" if rate else "")
     if rate is None and options.summary is not None and options.summary.exists():

@@ -106,7 +106,8 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
 
 def engine_options(options: BatchOptions) -> dict[str, Any]:
     """What the built-in engine is given: fields of EmbeddedOptions. Raises UsageError."""
-    engine = {
+    require_consistent(options)
+    return {
         "device": _device(options.device),
         "dtype": None if options.dtype == "auto" else options.dtype,
         "activations": options.activations,
@@ -118,9 +119,16 @@ def engine_options(options: BatchOptions) -> dict[str, Any]:
         "stream_weights": options.weights == "stream",
         "memory_bytes": options.memory_bytes,
     }
+
+
+def require_consistent(options: BatchOptions) -> None:
+    """Raises UsageError for what no machine can do."""
     if options.memory_bytes is not None and options.weights != "stream":
         raise UsageError("--memory goes with --weights stream", hint="leave it away, or add --weights stream")
-    return engine
+    if options.kv_dtype == "fp8" and options.device == "cpu":
+        raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave out --device cpu, or --kv-dtype")
+    if options.weights == "stream" and (options.kv_dtype == "fp8" or options.device == "cuda"):
+        raise UsageError("--weights stream runs on the CPU only", hint="leave out --device cuda and --kv-dtype fp8")
 
 
 def _device(name: str) -> str:

@@ -36,10 +36,12 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Demand:
-    """What shall run: sequences of `context_tokens`, prompt and answer together, `concurrency` of them at once."""
+    """What shall run: sequences of `context_tokens`, prompt and answer together, `concurrency` of them at once.
+    `kv_dtype` "fp8": keys and values take a byte each, "auto": what the model's dtype takes."""
 
     context_tokens: int
     concurrency: int = 1
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def fit_on(arch: Arch, model: Weights, hardware: Hardware, demand: Demand) -> Fi
     count = hardware.count
     text = _per_gpu(arch.text, count)
     weights = model.per_gpu(arch.text, count)
-    item_bytes, block = ITEM_BYTES[arch.dtype], memory.largest_block(text)
+    item_bytes, block = 1 if demand.kv_dtype == "fp8" else ITEM_BYTES[arch.dtype], memory.largest_block(text)
     room = memory.fit(text, weights, hardware.gpu.usable_bytes, item_bytes)
     need = memory.blocks_for(text, demand.context_tokens, block)
     seqs = max(memory.DEFAULT_MAX_SEQS, demand.concurrency)

@@ -144,6 +144,7 @@ def as_json(model: dict[str, Any], outlooks: list[Outlook], question: Question) 
         "gpu": {"name": hardware.gpu.name, "count": hardware.count, "usable_bytes": hardware.gpu.usable_bytes},
         "context_tokens": demand.context_tokens,
         "concurrency": demand.concurrency,
+        "kv_dtype": demand.kv_dtype,
         "schemes": {
             outlook.scheme: {
                 "file_bytes": outlook.file_bytes,

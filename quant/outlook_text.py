@@ -67,7 +67,8 @@ def _reason(outlook: Outlook, question: Question) -> str:
 
 def _comparison(outlooks: list[Outlook], names: dict[str, str], question: Question) -> str:
     context = question.demand.context_tokens
-    header = ("", "on disk", "weights/GPU", "KV cache/GPU", "longest context", f"× {context:,} tokens", "fits")
+    cache = "FP8 KV cache/GPU" if question.demand.kv_dtype == "fp8" else "KV cache/GPU"
+    header = ("", "on disk", "weights/GPU", cache, "longest context", f"× {context:,} tokens", "fits")
     rows = []
     for outlook in outlooks:
         fitting = outlook.fitting
@@ -124,7 +125,7 @@ def _gpu_rows(outlook: Outlook, question: Question) -> list[tuple[str, str]]:
         at_once += f" (of {fitting.sequences_by_memory:,} if divided for it)"
     return [
         *rows,
-        ("KV cache", format_bytes(fitting.kv_bytes)),
+        ("KV cache, FP8" if demand.kv_dtype == "fp8" else "KV cache", format_bytes(fitting.kv_bytes)),
         (f"  blocks of {fitting.block_tokens} tokens, NoPE layers", f"{fitting.full_blocks:,}"),
         ("  blocks, rope layers (current chunk only)", f"{fitting.chunked_blocks:,}"),
         (f"  one sequence of {demand.context_tokens:,} tokens", format_bytes(fitting.kv_bytes_per_sequence)),

@@ -25,7 +25,6 @@ from batch.engine.scorer import LOGITS_BYTES, Scorer, Target
 from batch.model.model import Model
 from batch.requests import GenerationResult, PreparedRequest, ScoredRequest, ScoredResult
 from converters.detect import open_checkpoint
-from converters.reader import Reader
 
 GROUP_TOKENS = 1 << 20  # of one group's prompts and references
 SCORING_BYTES = 2 * LOGITS_BYTES  # logits, and what they are compared in
@@ -41,7 +40,8 @@ class _Work:
 
 
 class ScoringBackend:
-    """Runs ScoredRequests on the checkpoints in `paths`, or on loaded models; the second is the one compared with.
+    """Runs ScoredRequests on the checkpoints in `paths`, or on loaded models; the second is the one compared with, and
+    without what costs exactness: `activations` and `kv_dtype` are of the first alone.
 
     Raises UsageError, DeviceError, CheckpointError, InputMissing.
     """
@@ -153,13 +153,14 @@ def _load_all(
         if isinstance(path, Model):
             models.append(path)
             continue
-        with warm_up(readers[n], options.device, options.dtype, options.activations):
-            if options.stream_weights:
-                each = replace(options, memory_bytes=used_bytes() + left_bytes // len(paths))
+        own = options if n == 0 else replace(options, activations="auto", kv_dtype="auto")
+        with warm_up(readers[n], own.device, own.dtype, own.activations):
+            if own.stream_weights:
+                each = replace(own, memory_bytes=used_bytes() + left_bytes // len(paths))
                 model, config = load(readers[n], each)
                 limits = _smaller(limits, config)
             else:
-                model = _load_whole(readers[n], options)
+                model = load_whole(readers[n], own.device, own.dtype, own.activations, 1, own.kv_dtype)
         stack.callback(model.close)
         models.append(model)
     configs = [engine_config(model, replace(limits, memory_share=len(paths))) for model in models]
@@ -168,10 +169,6 @@ def _load_all(
         (model, replace(config, kv_bytes=kv_bytes, block_size=size))
         for model, config in zip(models, configs, strict=True)
     ]
-
-
-def _load_whole(reader: Reader, options: EmbeddedOptions) -> Model:
-    return load_whole(reader, options.device, options.dtype, options.activations, 1)
 
 
 def _streaming_bytes(options: EmbeddedOptions) -> int:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
+from batch.engine.admission import refusal
 from batch.engine.blocks import BlockManager
+from batch.engine.failures import StepLimit, is_out_of_memory, raise_unless_theirs
 from batch.engine.flight import Flight, launch
-from batch.engine.image_features import FeatureCache, ImageMismatch, SequenceImages, encoder_of
+from batch.engine.image_features import FeatureCache, encoder_of
 from batch.engine.logit_rules import LogitRules
 from batch.engine.prefix import PrefixKeys
 from batch.engine.runner import ImageEncodingError, Runner
@@ -25,16 +25,13 @@ from batch.engine.sequence import Piece, Sequence
 from batch.engine.stats import EngineStats, StepSeconds
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams, TokenMask
-from l4tool.core.console import note
-from l4tool.core.errors import DeviceError, L4Error
+from l4tool.core.errors import DeviceError
 from l4tool.core.sizes import format_bytes
 from quant.memory import BlockNeed, pools
 
 MAX_PIXEL_BYTES = 1 << 30  # pictures of unfinished sequences past which no more requests are asked for
-FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
 MAX_FEATURE_BYTES = 256 << 20  # image features kept for pictures that come again
 STEPS_AHEAD = 4  # requests are pulled for so many steps, so that those with the same beginning can meet
-GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,7 @@ class Engine:
         self.features = FeatureCache(encoder_of(model), MAX_FEATURE_BYTES if config.prefix_cache else 0)
         self.runner = Runner(model, self.blocks, self.features, config.max_seqs)
         self.stats = EngineStats()
-        self._good_steps = 0
-        self._fewest_tokens = config.max_batch_tokens  # to which steps were ever shrunk
-        self._failures_in_a_row = 0
+        self._step_limit = StepLimit(config.max_batch_tokens)
         self._flight: Flight | None = None
         self._pixel_bytes = 0  # of all sequences that wait or run
 
@@ -119,7 +114,7 @@ class Engine:
             max_len=min(len(prompt) + sampling.max_tokens, context), stop_ids=stop_ids,
             rules=LogitRules.of(prompt, sampling, stop_ids, mask),
         )  # fmt: skip
-        sequence.error = self._refusal(sequence, images)
+        sequence.error = refusal(sequence, images, self.model.arch) or self._too_large(sequence)
         if sequence.error is None and sampling.max_tokens == 0:
             sequence.finish_reason = "length"
         if sequence.is_over:
@@ -140,7 +135,7 @@ class Engine:
             handle=handle, tokens=tokens, prompt_len=len(tokens), sampling=SamplingParams(0), max_len=len(tokens),
             stop_ids=frozenset(), score_from=score_from,
         )  # fmt: skip
-        sequence.error = self._refusal(sequence, images)
+        sequence.error = refusal(sequence, images, self.model.arch) or self._too_large(sequence)
         if sequence.error is None and self.config.prefix_cache:
             sequence.keys = PrefixKeys(self.config.block_size, sequence.images)
         return sequence
@@ -218,26 +213,6 @@ class Engine:
 
     # -- when something is wrong
 
-    def _refusal(self, sequence: Sequence, images: tuple[ImageTiles, ...]) -> tuple[str, str] | None:
-        """Why this sequence can never run (code, message), or None. Attaches its images."""
-        text, vision = self.model.arch.text, self.model.arch.vision
-        prompt, context = sequence.tokens, text.max_position_embeddings
-        if not prompt:
-            return "empty_prompt", "the prompt has no tokens"
-        if len(prompt) >= context:
-            return "context_length_exceeded", f"the prompt has {len(prompt)} tokens; the model's context is {context}"
-        if min(prompt) < 0 or max(prompt) >= text.vocab_size:
-            return "invalid_token", f"token ids must lie in 0 … {text.vocab_size - 1}"
-        if images and (vision is None or self.model.arch.image_token_id is None):
-            return "images_not_supported", "this checkpoint has no vision tower, so it cannot read images"
-        if vision is not None and self.model.arch.image_token_id is not None:
-            try:
-                seen = SequenceImages(prompt, images, self.model.arch.image_token_id, vision.tokens_per_tile)
-            except ImageMismatch as error:
-                return "image_mismatch", str(error)
-            sequence.images = seen if images else None
-        return self._too_large(sequence)
-
     def _too_large(self, sequence: Sequence) -> tuple[str, str] | None:
         need = self.blocks.need(sequence.max_len)
         if self.blocks.fits_alone(sequence.max_len) or self._rebalance(need):
@@ -251,33 +226,25 @@ class Engine:
 
     def _recover(self, plan: list[Piece], error: Exception) -> list[Sequence]:
         """A step failed; nothing of it was booked, so it can be repeated smaller. Returns the sequences that end."""
-        if isinstance(error, L4Error):
-            raise error  # weights that are read while it runs: no fault of these sequences
-        if isinstance(error, torch.AcceleratorError):
-            raise DeviceError(f"the device failed: {error}", hint="run again; if it stays, use --device cpu") from error
+        raise_unless_theirs(error)
         if isinstance(error, ImageEncodingError):
             return [self._fail(error.sequence, "image_error", f"encoding the images failed: {error}")]
         tokens = sum(piece.length for piece in plan)
         if is_out_of_memory(error) and tokens > 1:
-            self._good_steps = 0
             self.features.clear()
-            self._limit(tokens // 2)
-            if tokens // 2 < self._fewest_tokens:
-                self._fewest_tokens = tokens // 2
-                note(f"a step of {tokens:,} tokens ran out of memory: the next ones have {tokens // 2:,} at most")
+            self._step_limit.halve(tokens)
+            self._keep_limit()
             return []
         if len(plan) > 1:
             # Each alone, so that only the culprit fails; one that was preempted meanwhile waits for its next plan.
             return [s for piece in plan if piece.sequence in self.scheduler.running for s in self._run([piece])]
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-            raise error
+        self._step_limit.failed(error)
         return [self._fail(plan[0].sequence, "model_error", f"{type(error).__name__}: {error}")]
 
-    def _limit(self, tokens: int) -> None:
-        """From now on at most `tokens` a step (and sequences at a time); the youngest go back to the queue."""
-        scheduler = self.scheduler
-        scheduler.max_batch_tokens = min(tokens, self.config.max_batch_tokens)
+    def _keep_limit(self) -> None:
+        """As many tokens a step (and sequences at a time) as the limit says; the youngest go back to the queue."""
+        scheduler, tokens = self.scheduler, self._step_limit.tokens
+        scheduler.max_batch_tokens = tokens
         scheduler.max_seqs = min(tokens, self.config.max_seqs)
         while len(scheduler.running) > scheduler.max_seqs:
             scheduler.preempt(scheduler.youngest)
@@ -328,14 +295,5 @@ class Engine:
         stats.count_memory(self.blocks, self.features)
         stats.preemptions = self.scheduler.num_preemptions
         stats.weights_read_bytes, stats.weights_wait_s = self.model.weights_read()
-        self._failures_in_a_row = 0
-        self._good_steps += 1
-        limit = self.scheduler.max_batch_tokens
-        if limit < self.config.max_batch_tokens and self._good_steps >= GOOD_STEPS_TO_GROW:
-            self._good_steps = 0
-            self._limit(2 * limit)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch says it with OutOfMemoryError on devices, with a plain RuntimeError on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        self._step_limit.went_well()
+        self._keep_limit()

@@ -2,7 +2,8 @@
 launch, where launching some twenty kernels for each layer would take longer than they run.
 
 A step is put into buffers that stay where they are; rows that fill up a size have no slot, see no keys, and are
-dropped. A size is captured with such rows alone. What is captured ends before the head, so that the graphs keep hidden states only, not logits.
+dropped. A size is captured with such rows alone. What is captured ends before the head, so that the graphs keep hidden
+states only, not logits.
 
 Legend as in batch/model/inputs.py: S sequences in the step, which has one token of each.
 """

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from batch.engine.blocks import PrefixHit
-from batch.engine.engine import FAILURES_IN_A_ROW, Engine, is_out_of_memory
+from batch.engine.engine import Engine
+from batch.engine.failures import StepLimit, is_out_of_memory, raise_unless_theirs
 from batch.engine.runner import ImageEncodingError
 from batch.engine.sequence import Piece
 from batch.engine.sequence import Sequence as EngineSequence
 from batch.engine.token_scores import kl_bin, score_rows
 from batch.kernels.transfer import send
 from batch.requests import ImageTiles, TokenScores
-from l4tool.core.errors import DeviceError, L4Error
 
 LOGITS_BYTES = 256 << 20  # of all models' logits at a time
 
@@ -70,13 +70,12 @@ class Scorer:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
-        self.max_batch_tokens = min(engine.config.max_batch_tokens for engine in engines)
+        self._step_limit = StepLimit(min(engine.config.max_batch_tokens for engine in engines))
         self.max_seqs = min(engine.config.max_seqs for engine in engines)
         size = engines[0].model.arch.text.vocab_size
         self.max_rows = max(1, LOGITS_BYTES // (4 * size * len(engines)))
         self._running: list[Scored] = []
         self._waiting: list[Scored] = []
-        self._failures_in_a_row = 0
         self._place = 0  # of the model that computes
 
     def run(self, targets: Sequence[Target]) -> Iterator[tuple[int, Scored]]:
@@ -115,7 +114,7 @@ class Scorer:
         while self._running and not turns:  # they hold each other's blocks: the oldest, alone, always moves on
             self._give_up(self._running[-1])
             turns = self._go_on()
-        budget = self.max_batch_tokens - sum(turn.end - turn.start for turn in turns)
+        budget = self._step_limit.tokens - sum(turn.end - turn.start for turn in turns)
         rooms = [self._room(place) for place in range(len(self.engines))]
         while self._waiting and budget and len(self._running) < self.max_seqs:
             hits = self._hits(self._waiting[0])
@@ -130,7 +129,7 @@ class Scorer:
         return turns
 
     def _go_on(self) -> list[_Turn]:
-        budget, turns = self.max_batch_tokens, []
+        budget, turns = self._step_limit.tokens, []
         for scored in self._running:
             if budget and (turn := self._turn(scored, budget)) is not None:
                 turns.append(turn)
@@ -216,7 +215,7 @@ class Scorer:
             found = self._compute(turns)
         except Exception as error:
             return self._recover(turns, error)
-        self._failures_in_a_row = 0
+        self._step_limit.went_well()
         over, first = [], 0
         for turn, pieces in zip(turns, self._pieces(turns), strict=True):
             count = pieces[0].end - pieces[0].logits_from
@@ -279,10 +278,7 @@ class Scorer:
 
     def _recover(self, turns: list[_Turn], error: Exception) -> list[Scored]:
         """A step failed; nothing of it was booked, so it can be repeated smaller. As the engine does it."""
-        if isinstance(error, L4Error):
-            raise error
-        if isinstance(error, torch.AcceleratorError):
-            raise DeviceError(f"the device failed: {error}", hint="run again; if it stays, use --device cpu") from error
+        raise_unless_theirs(error)
         if isinstance(error, ImageEncodingError):
             (scored,) = (t.scored for t in turns if error.sequence in t.scored.sequences)
             place = scored.sequences.index(error.sequence)
@@ -290,13 +286,11 @@ class Scorer:
             return [self._end(scored)]
         tokens = sum(turn.end - turn.start for turn in turns)
         if is_out_of_memory(error) and tokens > 1:
-            self.max_batch_tokens = tokens // 2
+            self._step_limit.halve(tokens)
             return []
         if len(turns) > 1:
             return [scored for turn in turns for scored in self._step([turn])]
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-            raise error
+        self._step_limit.failed(error)
         scored = turns[0].scored
         scored.error = ("model_error", f"{type(error).__name__}: {error}", self._place)
         return [self._end(scored)]

@@ -72,6 +72,8 @@ def run_eval(options: EvalOptions, make_backend: MakeBackend = scoring_backend) 
     check_targets(open_input(run.input), {"-o": options.output, "--json": options.json})
     figures = Figures(against is not None)
     facts: dict[str, Any] = {"data": str(run.input), "model": str(run.model)}
+    inexact = {"activations": run.activations, "kv_dtype": run.kv_dtype}
+    facts |= {name: value for name, value in inexact.items() if value != "auto"}
 
     def job(run: BatchOptions, front: Front, fingerprint: str) -> dict[str, Any]:
         other = None if against is None else model_fingerprint(against)

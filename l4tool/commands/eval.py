@@ -29,6 +29,10 @@ _PATH = click.Path(path_type=Path)
               help="stream: read layers from disk while it runs, for checkpoints larger than memory.")  # fmt: skip
 @click.option("--memory", type=Size(), metavar="SIZE",
               help="With --weights stream: what the process may take.  [default: most of what is free]")  # fmt: skip
+@click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
+              help="MODEL's: int8 is faster with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
+@click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
+              help="MODEL's: fp8 is half the KV cache's memory on a CUDA device, slightly less exact.")  # fmt: skip
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Tokens computed in one step.")
 @click.option("--kv-memory", type=Size(), metavar="SIZE", help="Memory of each model's KV cache, such as 4GiB.")
 @click.option("--max-seqs", type=click.IntRange(1), help="Lines in work at the same time.")

@@ -31,6 +31,8 @@ SCHEMES = ("int4", "mixed", "fp8")
 @click.option("--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="How many of them.")
 @click.option("--context", help="Tokens of one sequence, prompt and answer: 8k, 128K, 1M.  [default: 8k]")
 @click.option("--concurrency", type=click.IntRange(1, 10**6), default=1, show_default=True, help="Sequences at once.")
+@click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
+              help="What batch caches keys and values in.")  # fmt: skip
 @click.option("--memory", default="8GiB", show_default=True, help="Most memory that quantize may use.")
 @click.option("--jobs", type=click.IntRange(1), help="Tensors quantized at once.  [default: one per core]")
 @click.option("--disk-speed", metavar="SIZE", help="What the disk reads and writes per second: 500MB, 2GB.")
@@ -77,7 +79,7 @@ def _question(options: dict[str, Any]) -> Question:
     context = parse_tokens(options["context"]) if options["context"] is not None else DEFAULT_CONTEXT
     return Question(
         Hardware(parse_gpu(options["gpu"]), options["gpus"]),
-        Demand(context, options["concurrency"]),
+        Demand(context, options["concurrency"], options["kv_dtype"]),
         parse_bytes(options["memory"]),
         options["jobs"],
         disk,

@@ -84,6 +84,18 @@ def test_a_scheme_that_does_not_fit_names_those_that_do(plan, config):
     assert "--int4 does not fit 3 × h100: 40 attention heads do not divide over 3 GPUs. It fits 4 × h100, " in out
 
 
+def test_fp8_keys_and_values_take_half(plan, answer, config):
+    source = config(published.scout())
+    plain, halved = answer(source, "--int4"), answer(source, "--int4", "--kv-dtype", "fp8")
+    assert (plain["kv_dtype"], halved["kv_dtype"]) == ("auto", "fp8")
+    plain, halved = (found["schemes"]["int4"]["per_gpu"] for found in (plain, halved))
+    assert 2 * halved["kv_bytes_per_sequence"] == plain["kv_bytes_per_sequence"]
+    assert halved["kv_bytes"] == plain["kv_bytes"] and 2 * plain["full_blocks"] <= halved["full_blocks"] + 1
+    assert halved["longest_tokens"] > plain["longest_tokens"]
+    assert "FP8 KV cache/GPU" in plan(source, "--kv-dtype", "fp8")[1]
+    assert "KV cache, FP8" in plan(source, "--int4", "--kv-dtype", "fp8")[1]
+
+
 def test_json_has_everything_under_keys_that_stay(answer, config):
     found = answer(config(published.maverick()), "--gpus", "8", "--context", "128k", "--concurrency", "4")
     assert found["model"] == {

@@ -9,6 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
+from batch.backends import scoring
 from batch.backends.embedded import EmbeddedOptions
 from batch.evaluation.figures import Figures
 from batch.evaluation.job import EvalOptions, run_eval
@@ -306,3 +307,16 @@ def test_tasks_are_bounded(monkeypatch):
     figures = Figures(False)
     figures.read(json.dumps({"task": str(i % 4), "tokens": 1, "nll": 1.0}).encode() for i in range(8))
     assert set(figures.tasks) == {"0", "1"} and figures.all.lines == 8
+
+
+def test_what_costs_exactness_is_asked_of_the_first_model_alone(front, scout_tiny, other_tiny, monkeypatch):
+    asked, load = [], scoring.load_whole
+
+    def noted(reader, device, dtype, activations, copies, kv_dtype):
+        asked.append((activations, kv_dtype))
+        return load(reader, device, dtype, "auto", copies)
+
+    monkeypatch.setattr(scoring, "load_whole", noted)
+    options = EmbeddedOptions(activations="int8", dtype="float32", kv_memory_bytes=4 << 20)
+    scoring.ScoringBackend([scout_tiny, other_tiny], front.tokenizer, options).close()
+    assert asked == [("int8", "auto"), ("auto", "auto")]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from batch.job import BatchOptions, run_batch
 from l4tool.commands.batch import command
+from l4tool.core.errors import UsageError
 from tests import checkpoints
 from tests.batch.job.conftest import EchoBackend
 
@@ -88,6 +89,23 @@ def test_a_damaged_archive_is_65(bare, tmp_path):
     with pytest.raises(L4Error) as caught:
         check(tmp_path / "in.gz", "--model", bare)
     assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--kv-dtype", "fp8", "--device", "cpu"], "--kv-dtype fp8 needs a CUDA device"),
+    (["--kv-dtype", "fp8", "--weights", "stream"], "--weights stream runs on the CPU only"),
+    (["--weights", "stream", "--device", "cuda"], "--weights stream runs on the CPU only"),
+    (["--memory", "4GiB"], "--memory goes with --weights stream"),
+])  # fmt: skip
+def test_options_that_exclude_each_other_are_refused_as_a_run_does(source, bare, scout_tiny, tmp_path, extra, message):
+    with pytest.raises(UsageError, match=message):
+        check(source, "--model", bare, *extra)
+    run = CliRunner().invoke(command, [str(source), str(tmp_path / "out"), "--model", str(scout_tiny), *extra])
+    assert isinstance(run.exception, UsageError) and message in str(run.exception)
+
+
+def test_a_device_that_only_the_run_will_have(source, bare):
+    assert check(source, "--model", bare, "--kv-dtype", "fp8", "--device", "cuda")[0] == 3
 
 
 @pytest.mark.parametrize("extra", [["--rate", "5"], ["--json"], []])

@@ -9,7 +9,7 @@
 Weights are random and made on the device, at Scout's real shapes; the engine is the one that `l4tool batch` runs. First
 the card is measured: a copy of 2 GiB (read and written) and a product of 8192 × 8192 in bf16. Shares are of the least
 time that these allow for the weights touched, the keys and values, and the arithmetic (bench/limits.py). Prompts are of
-random tokens, greedy, without end tokens. Pictures have five tiles.
+random tokens, greedy (drawn: temperature 0.6, top-p 0.9), without end tokens. Pictures have five tiles.
 Side by side, unless --no-peer: four layers of Scout's widths in bf16, ours and transformers' generate(), 16 prompts of
 300 tokens, 64 new ones.
 """
@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 SCHEMES = ("int4", "fp8", "bf16")
 PREFILL = {2048: 8, 8192: 4}  # prompts of each length
 DECODE = (1, 16, 64, 256)
+DRAWN = (64, 256)  # not greedily
 FEW, MANY = [1, 4, 16], [512, 1024]  # tokens of each expert
 PEER_LAYERS, PEER_PROMPTS, PEER_LENGTH, PEER_NEW = 4, 16, 300, 64
 MAX_BATCH_TOKENS = 8192
@@ -66,7 +67,7 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
     """The card, its products, and the model: all figures of one scheme."""
     import torch
     import triton
-    from gpu_measure import measure_card, measure_products, quantize_rate
+    from gpu_measure import draw_seconds, measure_card, measure_products, quantize_rate
 
     from batch.kernels import cuda, triton_experts
     from l4tool.core.console import note
@@ -87,6 +88,7 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
     figures["products"] = [asdict(product) for product in products]
     note("quantizing")
     figures["quantize_bytes_s"] = quantize_rate(device)
+    figures["draw_s"] = {count: draw_seconds(count, device) for count in DECODE}
     torch.cuda.empty_cache()
     note(f"{arguments.layers} layers in {arguments.scheme}")
     try:
@@ -119,6 +121,7 @@ def measure_model(arguments: argparse.Namespace, device: Any, folder: Path, mach
             length: asdict(prefill_rate(engine, length, count, costs, machine)) for length, count in PREFILL.items()
         },
         "decode": {count: asdict(decode_rate(engine, count, costs, machine)) for count in DECODE},
+        "drawn": {count: asdict(decode_rate(engine, count, costs, machine, drawn=True)) for count in DRAWN},
         "images_s": images_per_second(engine),
     }  # fmt: skip
     figures["peak_bytes"] = torch.cuda.max_memory_reserved(device)
@@ -172,6 +175,9 @@ def markdown(figures: dict[str, Any]) -> str:
     ]
     rows = [*model_rows(figures), *product_rows(figures["products"])]
     rows.append(("quantizing to INT4, from host memory", f"{figures['quantize_bytes_s'] / 1e9:.1f} GB/s of bf16", ""))
+    rows += [
+        (f"drawing {count} tokens", f"{seconds * 1e6:,.0f} µs", "") for count, seconds in figures["draw_s"].items()
+    ]
     if "peer" in figures:
         ours, theirs = figures["peer"]["ours"], figures["peer"]["transformers"]
         what = f"{PEER_LAYERS} layers in bf16, {PEER_PROMPTS} prompts"
@@ -191,6 +197,7 @@ def model_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     named = [(f"prompts of {length} tokens", rate) for length, rate in figures["prefill"].items()]
     named += [(f"decoding, {count} at a time", rate) for count, rate in figures["decode"].items()]
+    named += [(f"decoding, {count} at a time, drawn", rate) for count, rate in figures["drawn"].items()]
     rows += [(name, f"{rate['per_second']:,.0f} tokens/s", f"{rate['of_limit']:.0%}") for name, rate in named]
     return [*rows, ("pictures of five tiles", f"{figures['images_s']:.1f} a second", "")]
 

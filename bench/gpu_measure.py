@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from limits import Costs, Step, decode_step, prefill_step
 from machine import Machine
 
 from batch.engine.engine import Engine, EngineConfig
+from batch.engine.sampler import draw
 from batch.kernels.linears import DenseLinear, Experts, Fp8Linear, Int4Linear
 from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams
@@ -28,6 +29,7 @@ QUANTIZE_THREADS = 4
 DECODE_PROMPT, DECODE_STEPS = 300, 64
 NUM_SPECIAL = 2048  # ids that no prompt may hold: the last of the vocabulary
 COPY_BYTES, MATMUL_SIZE = 2 << 30, 8192
+GREEDY, DRAWN = SamplingParams(1), SamplingParams(1, temperature=0.6, top_p=0.9)
 
 
 def timed(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
@@ -113,6 +115,12 @@ def measure_products(
     return found
 
 
+def draw_seconds(rows: int, device: torch.device, vocab: int = 202048) -> float:
+    """Seconds to draw a token of each row of logits that were bfloat16."""
+    logits = (3 * torch.randn(rows, vocab, device=device)).bfloat16().float()
+    return timed(lambda: draw(logits, [DRAWN] * rows, [0] * rows).result(), device)
+
+
 def quantize_rate(device: torch.device, rows: int = 8192, columns: int = 5120, count: int = 16) -> float:
     """Bytes of bfloat16 per second that INT4 quantization takes from host memory, by as many threads as the pipeline
     has: matrices as fused experts lie, by columns, packed words back on the host."""
@@ -167,11 +175,13 @@ def run_all(engine: Engine, prompts: list[list[int]], new_tokens: int) -> None:
 
 def decode_rate(
     engine: Engine, sequences: int, costs: Costs, machine: Machine, prompt: int = DECODE_PROMPT,
-    steps: int = DECODE_STEPS,
+    steps: int = DECODE_STEPS, drawn: bool = False,
 ) -> Rate:  # fmt: skip
-    """So many sequences decoding together: `steps` steps, once all prompts are computed and one step is done."""
+    """So many sequences decoding together: `steps` steps, once all prompts are computed and one step is done. `drawn`:
+    not greedily, but as the model's own defaults are."""
     prompts = random_prompts(sequences, prompt, engine.model.arch.text.vocab_size)
-    added = [engine.add(n, ids, SamplingParams(max_tokens=4 * steps + sequences)) for n, ids in enumerate(prompts)]
+    sampling = replace(DRAWN if drawn else GREEDY, max_tokens=4 * steps + sequences)
+    added = [engine.add(n, ids, sampling) for n, ids in enumerate(prompts)]
     while any(sequence.num_left > 1 or not sequence.num_generated for sequence in added):
         engine.step()
     engine.step()

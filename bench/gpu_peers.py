@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import gpu_flex  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from gpu_measure import timed  # noqa: E402
@@ -143,7 +144,10 @@ def attention(shapes: Shapes, cases: dict[str, tuple[int, int, int]], device: to
             assert isinstance(out, torch.Tensor)
             return out.flatten(1)
 
-        found.append(compare(f"attention, {case}", ours, theirs, device))
+        found.append(compare(f"attention, {case}: varlen_attn", ours, theirs, device))
+        k, v = (part[blocks.long()].flatten(1, 2)[:, :keys] for part in (cache.k, cache.v))  # [S, C, K, D]
+        flex = gpu_flex.paged(q.unflatten(0, (sequences, queries)), k, v, keys, scale)
+        found.append(compare(f"attention, {case}: FlexAttention", ours, flex, device))
     return found
 
 

@@ -36,7 +36,11 @@ def engine(request, tmp_path):
 
 def test_the_engine_is_measured(engine):
     prefill = gpu_measure.prefill_rate(engine, 40, 2, engine.costs, MACHINE)
-    decode = gpu_measure.decode_rate(engine, 3, engine.costs, MACHINE, prompt=20, steps=4)
+    decode, drawn = (
+        gpu_measure.decode_rate(engine, 3, engine.costs, MACHINE, prompt=20, steps=4, drawn=drawn)
+        for drawn in (False, True)
+    )
+    assert drawn.per_second > 0 and gpu_measure.draw_seconds(2, CPU, 100) > 0
     assert prefill.per_second > 0 and decode.per_second > 0
     assert 0 < prefill.of_limit < 1 and 0 < decode.of_limit < 1  # no CPU has a terabyte per second
     assert not engine.has_work and engine.stats.output_tokens >= 3 * 4
@@ -85,7 +89,8 @@ FIGURES = {
     "cap_gib": 79.1, "copy_bytes_s": 4.3e12, "matmul_flops": 7.9e14, "layers": 48, "scheme": "int4",
     "weight_bytes": 64.9e9, "kv_bytes": 14 << 30, "kv_tokens": 123456, "peak_bytes": 78 << 30,
     "prefill": {2048: {"per_second": 9000.4, "of_limit": 0.456}}, "images_s": 30.04,
-    "decode": {1: {"per_second": 88.0, "of_limit": 0.6}},
+    "decode": {1: {"per_second": 88.0, "of_limit": 0.6}}, "drawn": {64: {"per_second": 2000.0, "of_limit": 0.5}},
+    "draw_s": {256: 1.234e-3},
     "products": [
         {"scheme": "int4", "tokens": 16, "seconds": 3e-4, "of_bandwidth": 0.74, "of_flops": 0.1},
         {"scheme": "int4", "tokens": 512, "seconds": 1e-2, "of_bandwidth": 0.1, "of_flops": 0.58},
@@ -103,10 +108,12 @@ def test_the_table():
         "| memory reserved, at most | 78.0 GiB |  |",
         "| prompts of 2048 tokens | 9,000 tokens/s | 46% |",
         "| decoding, 1 at a time | 88 tokens/s | 60% |",
+        "| decoding, 64 at a time, drawn | 2,000 tokens/s | 50% |",
         "| pictures of five tiles | 30.0 a second |  |",
         "| experts, 16 tokens each | 300 µs | 74% of the copy |",
         "| experts, 512 tokens each | 10,000 µs | 58% of the product |",
         "| quantizing to INT4, from host memory | 12.3 GB/s of bf16 |  |",
+        "| drawing 256 tokens | 1,234 µs |  |",
         "| 4 layers in bf16, 16 prompts | 5,000 tokens/s, transformers 250 | 20.0 times |",
     ]
     short = gpu.markdown({**FIGURES, "failure": "it does not fit", "products": []} | {"peer": FIGURES["peer"]})

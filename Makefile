@@ -8,7 +8,7 @@ TEST_WORKERS ?= 2
 # Not in constraints.txt: torch's CUDA builds bring a version of their own, and want no other.
 TRITON := triton==3.9.0
 
-.PHONY: setup demo test test-slow test-gpu test-gguf soak lint bench clean
+.PHONY: setup demo test test-slow test-gpu test-gguf soak lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,10 @@ bench: setup
 	$(PY) bench/quantize.py
 	$(PY) bench/batch_cpu.py
 	$(PY) bench/pipeline.py
+
+# On a machine with a CUDA build of torch: every figure that docs/benchmarks.md has of a GPU.
+bench-gpu: setup
+	$(PY) bench/gpu_page.py
 
 clean:
 	rm -rf $(VENV) $(LLAMA) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

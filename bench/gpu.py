@@ -36,7 +36,7 @@ DRAWN = (64, 256)  # not greedily
 FEW, MANY = [1, 4, 16], [512, 1024]  # tokens of each expert
 PEER_LAYERS, PEER_PROMPTS, PEER_LENGTH, PEER_NEW = 4, 16, 300, 64
 MAX_BATCH_TOKENS = 8192
-BEGIN, END = "<!-- bench/gpu.py {}: begin -->", "<!-- bench/gpu.py {}: end -->"
+BEGIN, END = "<!-- gpu {}: begin -->", "<!-- gpu {}: end -->"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,13 +92,15 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
     torch.cuda.empty_cache()
     note(f"{arguments.layers} layers in {arguments.scheme}")
     try:
-        figures |= measure_model(arguments, device, folder, machine)
+        figures |= measure_model(arguments, device, folder, machine, figures["cap_gib"])
     except DeviceError as error:
         figures["failure"] = str(error).splitlines()[0]
     return figures
 
 
-def measure_model(arguments: argparse.Namespace, device: Any, folder: Path, machine: Any) -> dict[str, Any]:
+def measure_model(
+    arguments: argparse.Namespace, device: Any, folder: Path, machine: Any, cap_gib: float
+) -> dict[str, Any]:
     """Memory and speed of the whole engine. Raises DeviceError where it does not fit."""
     import torch
     from gpu_measure import decode_rate, engine_of, images_per_second, prefill_rate
@@ -107,15 +109,22 @@ def measure_model(arguments: argparse.Namespace, device: Any, folder: Path, mach
 
     from batch.backends.embedded import EmbeddedOptions, engine_config
     from batch.model.model import load_model
+    from quant import outlook
+    from quant.fitting import Demand, Hardware
+    from quant.gpus import Gpu
     from quant.memory import kv_tokens
 
     reader = RandomReader(scout_config(arguments.layers), arguments.scheme, device, folder)
+    card = Gpu("this", int(cap_gib * 2**30), "")
+    foretold = outlook.stored(reader, outlook.Question(Hardware(card, 1), Demand(8192), 0)).fitting
     model, costs = load_model(reader, device, "bfloat16"), model_costs(reader)
+    default_kv_bytes = engine_config(model, EmbeddedOptions(device=str(device))).kv_bytes
     options = EmbeddedOptions(device=str(device), max_batch_tokens=MAX_BATCH_TOKENS, prefix_cache=False)
     config = engine_config(model, options)
     engine = engine_of(model, config)
     figures: dict[str, Any] = {
-        "weight_bytes": model.weights_nbytes, "kv_bytes": config.kv_bytes,
+        "weight_bytes": model.weights_nbytes, "kv_bytes": config.kv_bytes, "default_kv_bytes": default_kv_bytes,
+        "plan_kv_bytes": foretold.kv_bytes,
         "kv_tokens": kv_tokens(reader.arch.text, config.kv_bytes, model.dtype.itemsize, config.block_size),
         "prefill": {
             length: asdict(prefill_rate(engine, length, count, costs, machine)) for length, count in PREFILL.items()
@@ -190,9 +199,11 @@ def model_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     layers = f"weights, {figures['layers']} layers"
     if "failure" in figures:
         return [(layers, f"do not fit: {figures['failure']}", "")]
+    kv, default, plan = (figures[name] / 2**30 for name in ("kv_bytes", "default_kv_bytes", "plan_kv_bytes"))
     rows = [
         (layers, f"{figures['weight_bytes'] / 1e9:.1f} GB", ""),
-        ("KV cache", f"{figures['kv_bytes'] / 2**30:.1f} GiB, {figures['kv_tokens']:,} tokens", ""),
+        (f"KV cache, steps of {MAX_BATCH_TOKENS} tokens", f"{kv:.1f} GiB, {figures['kv_tokens']:,} tokens", ""),
+        ("KV cache, default steps", f"{default:.1f} GiB, {plan:.1f} by `plan`", f"{default / plan - 1:+.1%}"),
         ("memory reserved, at most", f"{figures['peak_bytes'] / 2**30:.1f} GiB", ""),
     ]
     named = [(f"prompts of {length} tokens", rate) for length, rate in figures["prefill"].items()]

@@ -1,5 +1,6 @@
 """bench/gpu.py as far as a CPU goes: a random model of every scheme runs, rates add up, the table, the refusal."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -84,10 +85,39 @@ def test_the_card_is_measured():
     assert machine.read_bytes_s > 0 and machine.bf16_flops > 0
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Every size of bench/gpu.py as small as a CPU wants it."""
+    sizes = {"PREFILL": {40: 2}, "DECODE": (1, 3), "DRAWN": (2,), "MAX_BATCH_TOKENS": 64, "PEER_PROMPTS": 2,
+             "PEER_LENGTH": 20, "PEER_NEW": 4}  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu, name, value)
+    config = gpu_random.scout_config
+    monkeypatch.setattr(gpu_random, "scout_config", lambda layers: config(layers, 4, 4096, tiny=True))
+    monkeypatch.setattr(gpu_measure, "images_per_second", lambda engine: 1.0)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1 << 30)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "bf16"])
+def test_a_whole_model_is_measured(small, scheme, tmp_path):
+    arguments = argparse.Namespace(layers=4, scheme=scheme)
+    found = gpu.measure_model(arguments, CPU, tmp_path, MACHINE, 8.0)
+    assert set(found["prefill"]) == {40} and set(found["decode"]) == {1, 3} and set(found["drawn"]) == {2}
+    assert all(rate["per_second"] > 0 for kind in ("prefill", "decode", "drawn") for rate in found[kind].values())
+    assert found["default_kv_bytes"] > 0 and found["plan_kv_bytes"] > 0
+    assert gpu.model_rows(found | {"layers": 4})
+
+
+def test_transformers_runs_beside(small, tmp_path):
+    rates = gpu.measure_peer(CPU, tmp_path)
+    assert rates["ours"] > 0 and rates["transformers"] > 0
+
+
 FIGURES = {
     "card": "A card", "torch": "2.11", "triton": "3.6", "date": "2026-12-01", "command": "python bench/gpu.py",
     "cap_gib": 79.1, "copy_bytes_s": 4.3e12, "matmul_flops": 7.9e14, "layers": 48, "scheme": "int4",
-    "weight_bytes": 64.9e9, "kv_bytes": 14 << 30, "kv_tokens": 123456, "peak_bytes": 78 << 30,
+    "weight_bytes": 64.9e9, "kv_bytes": 14 << 30, "kv_tokens": 123456, "default_kv_bytes": 15 << 30,
+    "plan_kv_bytes": 16 << 30, "peak_bytes": 78 << 30,
     "prefill": {2048: {"per_second": 9000.4, "of_limit": 0.456}}, "images_s": 30.04,
     "decode": {1: {"per_second": 88.0, "of_limit": 0.6}}, "drawn": {64: {"per_second": 2000.0, "of_limit": 0.5}},
     "draw_s": {256: 1.234e-3},
@@ -104,7 +134,8 @@ def test_the_table():
     assert lines[0].endswith("Copy 4.30 TB/s, bf16 product 790 TFLOP/s.")
     assert lines[4:] == [
         "| weights, 48 layers | 64.9 GB |  |",
-        "| KV cache | 14.0 GiB, 123,456 tokens |  |",
+        "| KV cache, steps of 8192 tokens | 14.0 GiB, 123,456 tokens |  |",
+        "| KV cache, default steps | 15.0 GiB, 16.0 by `plan` | -6.2% |",
         "| memory reserved, at most | 78.0 GiB |  |",
         "| prompts of 2048 tokens | 9,000 tokens/s | 46% |",
         "| decoding, 1 at a time | 88 tokens/s | 60% |",
@@ -122,19 +153,11 @@ def test_the_table():
 
 def test_the_page_is_filled(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- bench/gpu.py int4: begin -->\nold\n<!-- bench/gpu.py int4: end -->\nb\n")
+    page.write_text("a\n<!-- gpu int4: begin -->\nold\n<!-- gpu int4: end -->\nb\n")
     gpu.write_into(page, "int4", "new\n| table |")
-    assert page.read_text() == (
-        "a\n<!-- bench/gpu.py int4: begin -->\nnew\n| table |\n<!-- bench/gpu.py int4: end -->\nb\n"
-    )
+    assert page.read_text() == ("a\n<!-- gpu int4: begin -->\nnew\n| table |\n<!-- gpu int4: end -->\nb\n")
     with pytest.raises(SystemExit, match="has no lines"):
         gpu.write_into(page, "fp8", "x")
-
-
-def test_the_pages_marks_are_there():
-    page = (BENCH.parent / "docs" / "benchmarks.md").read_text()
-    for scheme in gpu.SCHEMES:
-        assert gpu.BEGIN.format(scheme) in page and gpu.END.format(scheme) in page
 
 
 def test_the_cap(monkeypatch):

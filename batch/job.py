@@ -89,11 +89,6 @@ def embedded_backend(options: BatchOptions, front: Front) -> Backend:
     gets none of its own."""
     engine = engine_options(options)
     if options.workers > 1:
-        if options.weights == "stream":
-            raise UsageError(
-                "--weights stream and --workers exclude each other: each worker would read all weights from the disk",
-                hint="leave --workers away; one process uses all cores",
-            )
         from batch.backends.workers import embedded_workers
 
         return embedded_workers(options.model, engine, options.workers)
@@ -108,7 +103,7 @@ def engine_options(options: BatchOptions) -> dict[str, Any]:
     """What the built-in engine is given: fields of EmbeddedOptions. Raises UsageError."""
     require_consistent(options)
     return {
-        "device": _device(options.device),
+        "device": _device(options),
         "dtype": None if options.dtype == "auto" else options.dtype,
         "activations": options.activations,
         "kv_dtype": options.kv_dtype,
@@ -123,18 +118,32 @@ def engine_options(options: BatchOptions) -> dict[str, Any]:
 
 def require_consistent(options: BatchOptions) -> None:
     """Raises UsageError for what no machine can do."""
-    if options.memory_bytes is not None and options.weights != "stream":
+    streams, has_fp8 = options.weights == "stream", options.kv_dtype == "fp8"
+    if options.memory_bytes is not None and not streams:
         raise UsageError("--memory goes with --weights stream", hint="leave it away, or add --weights stream")
-    if options.kv_dtype == "fp8" and options.device == "cpu":
+    if streams and options.workers > 1:
+        raise UsageError(
+            "--weights stream and --workers exclude each other: each worker would read all weights from the disk",
+            hint="leave --workers away; one process uses all cores",
+        )
+    on_cpu = {"--weights stream": streams, "--activations int8": options.activations == "int8"}
+    on_cuda = {"--kv-dtype fp8": has_fp8, "--device cuda": options.device == "cuda"}
+    for ours in (name for name, asked in on_cpu.items() if asked):
+        for theirs in (name for name, asked in on_cuda.items() if asked):
+            why = "runs on the CPU only" + (
+                ", --kv-dtype fp8 on a CUDA device only" if theirs.startswith("--kv") else ""
+            )
+            raise UsageError(f"{ours} {why}", hint=f"leave out {theirs}, or {ours}")
+    if has_fp8 and options.device == "cpu":
         raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave out --device cpu, or --kv-dtype")
-    if options.weights == "stream" and (options.kv_dtype == "fp8" or options.device == "cuda"):
-        raise UsageError("--weights stream runs on the CPU only", hint="leave out --device cuda and --kv-dtype fp8")
 
 
-def _device(name: str) -> str:
-    """What "auto" means on this machine."""
-    if name != "auto":
-        return name
+def _device(options: BatchOptions) -> str:
+    """What "auto" means on this machine, for what is asked."""
+    if options.device != "auto":
+        return options.device
+    if options.weights == "stream" or options.activations == "int8":
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +183,8 @@ def run_batch(
 ) -> Summary:  # fmt: skip
     """Answer every line of the input that has no answer yet, and deliver the files that the complete output goes to.
     Raises L4Error; what was written until then is whole lines, and the same call carries on."""
-    _url_fetcher(options)  # wrong options before anything is read
+    require_consistent(options)  # wrong options before anything is read
+    _url_fetcher(options)
     work = LineWork("batch", load, make_backend, job_facts, make_preparer, _response_writer)
     return run_lines(options, work, deliveries)
 

@@ -25,6 +25,7 @@ def run_places(
     places: Places, options: job.BatchOptions, make_backend: job.MakeBackend | None = None
 ) -> Summary | ManySummary:
     """Run what is named; `options` has the rest. Raises L4Error; with many inputs only for what ends them all."""
+    job.require_consistent(options)
     if is_many(places.input):
         return _run_many(places, options, make_backend or job.embedded_backend)
     with _one(places, options) as (one, deliveries):

@@ -60,4 +60,9 @@ def recover(files: Sequence[OutputFile], contents: Contents) -> Recovered:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What changed between two jobs' facts, in words; "" when nothing did."""
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
+    return ", ".join(f"{key} was {_said(old, key)}, is {_said(new, key)}" for key in changed[:3])
+
+
+def _said(facts: dict[str, Any], key: str) -> str:
+    """A value; what is left out of the facts is as it is when nobody asks for it."""
+    return repr(facts[key]) if key in facts else "not given"

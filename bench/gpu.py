@@ -53,6 +53,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command_line() -> str:
+    """As it was typed, without the page that it writes."""
+    words = sys.argv[1:]
+    if "--write" in words:
+        at = words.index("--write")
+        del words[at : at + 2]
+    return " ".join(["python bench/gpu.py", *words])
+
+
 def cap_memory(cap_gib: float, device: Any) -> float:
     """Keep this process below so many GiB of the device; returns what it may really take."""
     import torch
@@ -75,7 +84,7 @@ def measure(arguments: argparse.Namespace, device: Any, folder: Path) -> dict[st
 
     figures: dict[str, Any] = {
         "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/gpu.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(), "command": command_line(),
         "cap_gib": cap_memory(arguments.memory_cap, device), "layers": arguments.layers, "scheme": arguments.scheme,
     }  # fmt: skip
     machine = measure_card(device)
@@ -150,7 +159,8 @@ def measure_peer(device: Any, folder: Path) -> dict[str, float]:
 
     reader = RandomReader(scout_config(PEER_LAYERS), "bf16", device, folder)
     prompts = random_prompts(PEER_PROMPTS, PEER_LENGTH, reader.arch.text.vocab_size)
-    engine = engine_of(load_model(reader, device, "bfloat16"), EngineConfig(8192, PEER_PROMPTS, 4 << 30, 32))
+    config = EngineConfig(8192, PEER_PROMPTS, 4 << 30, 32, prefix_cache=False, overlap=True)
+    engine = engine_of(load_model(reader, device, "bfloat16"), config)
     rates = {}
     for _ in range(2):
         synchronize(device)
@@ -191,6 +201,8 @@ def markdown(figures: dict[str, Any]) -> str:
         ours, theirs = figures["peer"]["ours"], figures["peer"]["transformers"]
         what = f"{PEER_LAYERS} layers in bf16, {PEER_PROMPTS} prompts"
         rows.append((what, f"{ours:,.0f} tokens/s, transformers {theirs:,.0f}", f"{ours / theirs:.1f} times"))
+    elif "peer_failure" in figures:
+        rows.append(("transformers beside ours", f"did not run: {figures['peer_failure']}", ""))
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -237,21 +249,17 @@ def write_into(page: Path, scheme: str, text: str) -> None:
 def main() -> None:
     arguments = parse_arguments()
     import torch
+    from gpu_device import require_cuda
 
-    from batch.model.model import resolve_device
-    from l4tool.core.errors import L4Error
-
-    try:
-        device = resolve_device(arguments.device)
-    except L4Error as error:
-        raise SystemExit(f"bench/gpu.py needs a CUDA device: {error}") from error
-    if device.type != "cuda":
-        raise SystemExit(f"bench/gpu.py needs a CUDA device, not {device}")
+    device = require_cuda(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments, device, Path(folder))
         torch.cuda.empty_cache()
         if not arguments.no_peer:
-            figures["peer"] = measure_peer(device, Path(folder))
+            try:
+                figures["peer"] = measure_peer(device, Path(folder))
+            except (RuntimeError, ImportError, ValueError, AttributeError, TypeError) as error:
+                figures["peer_failure"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     print(markdown(figures))

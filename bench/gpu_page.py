@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from gpu import write_into  # noqa: E402
+from gpu import BEGIN, END, write_into  # noqa: E402
 
 from l4tool.core.console import note  # noqa: E402
 
@@ -82,16 +82,19 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
 
-    from batch.model.model import resolve_device
-    from l4tool.core.errors import L4Error
+    from gpu_device import require_cuda
 
-    try:
-        resolve_device("cuda")
-    except L4Error as error:
-        raise SystemExit(f"bench/gpu_page.py needs a CUDA device: {error}") from error
-    failed = [part for part in arguments.parts if not run_part(part, arguments.page)]
+    page = arguments.page.resolve()
+    text = page.read_text() if page.is_file() else ""
+    lacking = [part for part in arguments.parts if not all(mark.format(part) in text for mark in (BEGIN, END))]
+    if lacking:
+        raise SystemExit(
+            f"{page} has no marks of {', '.join(lacking)}: {BEGIN.format(lacking[0])} {END.format(lacking[0])}"
+        )
+    require_cuda()
+    failed = [part for part in arguments.parts if not run_part(part, page)]
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; {arguments.page} says how")
+        raise SystemExit(f"failed: {', '.join(failed)}; {page} says how")
 
 
 if __name__ == "__main__":

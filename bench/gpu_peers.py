@@ -169,13 +169,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
 
-    from batch.model.model import resolve_device
-    from l4tool.core.errors import L4Error
+    from gpu_device import require_cuda
 
-    try:
-        device = resolve_device(arguments.device)
-    except L4Error as error:
-        raise SystemExit(f"bench/gpu_peers.py needs a CUDA device: {error}") from error
+    device = require_cuda(arguments.device)
     shapes = Shapes()
     rows = products(shapes, [1, 4, 16, 128, 512], device)
     cases = {

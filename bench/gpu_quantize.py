@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`l4tool quantize --device cuda` against --device cpu: the same bytes, and how fast from a warm page cache.
 
-  python bench/gpu_quantize.py                     four layers of Scout's widths, 16 experts (18 GB), made in --work
+  python bench/gpu_quantize.py                     four layers of Scout's widths, 16 experts, made in --work (18 GB)
   python bench/gpu_quantize.py --layers 1 --schemes int4
 
 Whole commands, in turn, from start to exit with imports, source files in the page cache. GB/s are of source files.
@@ -22,19 +22,31 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from commands import warm  # noqa: E402
+from gpu_device import require_cuda  # noqa: E402
 
-from examples.make_checkpoint import make_checkpoint  # noqa: E402
+from examples.make_checkpoint import PRESETS, make_checkpoint  # noqa: E402
 from l4tool.core.console import note, table  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-gpu")
-    parser.add_argument("--preset", default="scout-width", help="of examples/make_checkpoint.py")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--preset", choices=list(PRESETS), default="scout-width", help="of examples/make_checkpoint.py")
+    parser.add_argument("--layers", type=positive, default=4)
     parser.add_argument("--schemes", nargs="+", choices=["int4", "fp8", "mixed"], default=["int4", "fp8"])
     parser.add_argument("--devices", nargs="+", choices=["cuda", "cpu"], default=["cuda", "cpu"])
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.work = arguments.work.resolve()
+    if "cuda" in arguments.devices:
+        require_cuda()
+    return arguments
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def quantize(source: Path, out: Path, scheme: str, device: str) -> float:

@@ -96,13 +96,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
 
-    from batch.model.model import resolve_device
-    from l4tool.core.errors import L4Error
+    from gpu_device import require_cuda
 
-    try:
-        resolve_device(arguments.device)
-    except L4Error as error:
-        raise SystemExit(f"bench/gpu_tune.py needs a CUDA device: {error}") from error
+    require_cuda(arguments.device)
     for scheme in arguments.schemes:
         tune(scheme, arguments.device)
 

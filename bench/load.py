@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="*")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where the default checkpoints are")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one way, in this process
     return parser.parse_args()
@@ -145,7 +145,10 @@ def main() -> None:
     except L4Error as error:
         raise SystemExit(f"bench/load.py: {error}") from error
     folders = arguments.checkpoints or [arguments.work / "mini", arguments.work / "mini-int4"]
-    folders = [folder for folder in folders if (folder / "config.json").exists()]
+    lacking = [folder for folder in folders if not weight_files(folder)]
+    if lacking and arguments.checkpoints:
+        raise SystemExit(f"no .safetensors in {', '.join(map(str, lacking))}")
+    folders = [folder for folder in folders if folder not in lacking]
     if not folders:
         raise SystemExit("no checkpoint there: python examples/make_checkpoint.py build/bench/mini --preset mini")
     for folder in folders:

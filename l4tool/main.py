@@ -61,7 +61,7 @@ class LazyGroup(click.Group):
 
 
 def with_common_options(command: click.Command) -> click.Command:
-    """Every command says what it says as text or JSON, and every option has an environment variable."""
+    """Every command says what it says as text or JSON, and every option has an environment variable of its own name."""
     if not any(param.name == "log_format" for param in command.params):
         command.params += [
             click.Option(
@@ -76,6 +76,9 @@ def with_common_options(command: click.Command) -> click.Command:
     for param in command.params:
         if isinstance(param, click.Option):
             param.show_envvar = True
+            long = next((opt[2:].replace("-", "_") for opt in param.opts if opt.startswith("--")), param.name)
+            if param.envvar is None and long != param.name:  # click would name it as the code does
+                param.envvar = f"L4TOOL_{command.name}_{long}".upper().replace("-", "_")
     return command
 
 

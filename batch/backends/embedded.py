@@ -13,7 +13,7 @@ import torch
 
 from batch.backends.base import RequestSource
 from batch.backends.loading import load_streamed, load_whole
-from batch.backends.memory import default_kv_bytes, free_device_bytes
+from batch.backends.memory import default_kv_bytes, free_device_bytes, give_back_cached
 from batch.backends.profiling import DeviceMeter, worst_step_bytes
 from batch.backends.stop_strings import Decode, StopWatcher
 from batch.backends.warm_up import warm_up
@@ -142,7 +142,7 @@ class EmbeddedBackend:
         self.engine.close()
         self._close_model()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            give_back_cached()
 
     def _close_model(self) -> None:
         if self._own is not None:
@@ -289,10 +289,10 @@ def _step_bytes(model: Model, max_batch_tokens: int, max_seqs: int, block_size: 
         seen = worst_step_bytes(model, max_batch_tokens, max_seqs, block_size, room_bytes, meter)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
-            f"beside the weights {model.device} has no memory for a step with pictures: {error}",
+            f"beside the weights {model.device} has no memory for a step: {error}",
             hint="quantize the checkpoint, or take a device with more memory",
         ) from error
-    torch.cuda.empty_cache()
+    give_back_cached()
     if seen > bound:
         note(f"a step takes {format_bytes(seen)} on {model.device}, not {format_bytes(bound)}: the KV cache is smaller")
     return max(bound, seen)

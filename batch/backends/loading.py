@@ -49,7 +49,7 @@ def load_streamed(
         raise DeviceError(
             f"{reader.path}: with --weights stream a layer at a time takes "
             f"{format_bytes(needed_bytes(text, weights, item_bytes))} of memory, and {format_bytes(available)} are "
-            "available",
+            "available" + ("" if memory_bytes is None else f", as --memory {format_bytes(memory_bytes)} says"),
             hint="give it more (--memory), lower --max-batch-tokens, or quantize it: l4tool quantize --int4",
         )
     return stream_model(reader, dtype, activations, room.ahead, keep_cached), room

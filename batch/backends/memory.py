@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def free_device_bytes(device: torch.device) -> int:
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     share_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
     return max(min(free_bytes, share_bytes - torch.cuda.memory_reserved(device)), 0)
+
+
+def give_back_cached() -> None:
+    """What torch keeps of device memory for later goes back. Some versions refuse after a capture that failed."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def available_bytes() -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from batch.backends.memory import give_back_cached
 from batch.engine.engine import Engine, EngineConfig
 from batch.engine.image_features import TILES_AT_ONCE
 from batch.model.model import Model
@@ -44,7 +45,7 @@ class DeviceMeter:
 
     def kept(self) -> int:
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        give_back_cached()
         return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
 
 
@@ -59,16 +60,25 @@ def worst_step_bytes(
     needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.kv_dtype.itemsize)
     config = EngineConfig(max_batch_tokens, max_seqs, min(needed, room_bytes), block_size, prefix_cache=False)
     engine = Engine(model, config, eos_token_ids=())
-    meter.start()
-    if model.arch.vision is not None:
-        side = model.arch.vision.image_size
-        tiles = np.zeros((TILES_AT_ONCE, model.arch.vision.num_channels, side, side), np.uint8)
-        engine.features.encode([ImageTiles(tiles, (TILES_AT_ONCE - 1, 1))])
-    sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)  # the second in a decoding step
-    for number in range(max_seqs):
-        engine.add(number, [0] * length, sampling)
-    while engine.has_work:
-        engine.step()
+    before = -1
+    while before < engine.num_out_of_memory:  # what failed was larger than what will run: measured again, smaller
+        before = engine.num_out_of_memory
+        meter.start()
+        _largest_steps(engine, length)
     taken = meter.peak() + meter.kept()
     engine.close()
     return taken
+
+
+def _largest_steps(engine: Engine, length: int) -> None:
+    """Pictures, prompts of `length` tokens for all sequences, and a step that decodes them."""
+    vision = engine.model.arch.vision
+    if vision is not None:
+        side = vision.image_size
+        tiles = np.zeros((TILES_AT_ONCE, vision.num_channels, side, side), np.uint8)
+        engine.features.encode([ImageTiles(tiles, (TILES_AT_ONCE - 1, 1))])
+    sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)  # the second in a decoding step
+    for number in range(engine.config.max_seqs):
+        engine.add(number, [0] * length, sampling)
+    while engine.has_work:
+        engine.step()

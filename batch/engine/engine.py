@@ -87,6 +87,11 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @property
+    def num_out_of_memory(self) -> int:
+        """How often it ran out of memory and went on with less at a time."""
+        return self._step_limit.num_halved + self.features.num_halved
+
+    @property
     def wants_more(self) -> bool:
         """False when the next steps are already full: whoever feeds the engine should then stop pulling requests.
         While all places are taken, some wait all the same, for the scheduler to choose from."""

@@ -7,6 +7,7 @@ import torch
 from l4tool.core.console import note
 from l4tool.core.errors import DeviceError, L4Error
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 FAILURES_IN_A_ROW = 8  # so many sequences failing one after another, and no step between: it is the model, not they
 GOOD_STEPS_TO_GROW = 64  # steps without trouble after which a step shrunk for lack of memory may double again
 
@@ -17,11 +18,13 @@ class StepLimit:
     def __init__(self, most: int) -> None:
         self.tokens = self._most = self._fewest = most
         self._good_steps = self._failures = 0
+        self.num_halved = 0
 
     def halve(self, tokens: int) -> None:
         """A step of so many tokens ran out of memory."""
         self.tokens = tokens // 2
         self._good_steps = 0
+        self.num_halved += 1
         if self.tokens < self._fewest:
             self._fewest = self.tokens
             note(f"a step of {tokens:,} tokens ran out of memory: the next ones have {self.tokens:,} at most")
@@ -46,10 +49,12 @@ def raise_unless_theirs(error: Exception) -> None:
     DeviceError for a device that is gone."""
     if isinstance(error, L4Error):
         raise error
-    if isinstance(error, torch.AcceleratorError):
+    if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
         raise DeviceError(f"the device failed: {error}", hint="run again; if it stays, use --device cpu") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch says it with OutOfMemoryError on devices, with a plain RuntimeError on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """torch says it with OutOfMemoryError where it allocates on a device, and with RuntimeErrors of many words for the
+    CPU and for what CUDA, cuBLAS and Triton allocate by themselves."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))

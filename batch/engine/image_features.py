@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from batch.engine.failures import is_out_of_memory
 from batch.model.vision import VisionModel
 from batch.requests import ImageTiles
 from l4tool.core.console import note
@@ -132,6 +133,7 @@ class TileEncoder:
         self._tower = tower
         self._tiles_at_once = tiles_at_once
         self._most = sys.maxsize  # that were ever found to be too many, halved
+        self.num_halved = 0
 
     @torch.inference_mode()
     def __call__(self, images: list[ImageTiles]) -> list[torch.Tensor]:
@@ -139,7 +141,8 @@ class TileEncoder:
         found: list[torch.Tensor] = []
         for group in self._groups(images):
             features = self._encode(torch.from_numpy(np.concatenate([image.pixels for image in group])))
-            found += features.split([len(image.pixels) * self._tower.arch.tokens_per_tile for image in group])
+            parts = features.split([len(image.pixels) * self._tower.arch.tokens_per_tile for image in group])
+            found += [part.clone() for part in parts] if len(parts) > 1 else parts  # a view would keep the whole group
         return found
 
     def _groups(self, images: list[ImageTiles]) -> Iterator[list[ImageTiles]]:
@@ -160,9 +163,10 @@ class TileEncoder:
             part = tiles[: self._most]
             try:
                 done.append(self._tower.encode(part))
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
                     raise
+                self.num_halved += 1
                 self._most = len(part) // 2
                 note(f"{len(part)} tiles of pictures ran out of memory: from now on {self._most} at a time")
             else:
@@ -199,11 +203,16 @@ class FeatureCache:
     def _encode_new(self, images: list[ImageTiles]) -> list[torch.Tensor]:
         try:
             return self._encode(images)
-        except torch.OutOfMemoryError:
-            if not self._features:
+        except Exception as error:
+            if not self._features or not is_out_of_memory(error):
                 raise
             self.clear()
         return self._encode(images)
+
+    @property
+    def num_halved(self) -> int:
+        """How often fewer tiles had to go together."""
+        return getattr(self._encode, "num_halved", 0)
 
     def clear(self) -> None:
         self._features.clear()

@@ -14,7 +14,7 @@ from batch.backends.base import Backend
 from batch.evaluation.figures import Figures
 from batch.evaluation.lines import ScoredPreparer, ScoreWriter
 from batch.inputs import open_input
-from batch.job import BatchOptions, Front, engine_options, job_facts, load_front, make_preparer
+from batch.job import BatchOptions, Front, engine_options, job_facts, load_front, make_preparer, require_consistent
 from batch.run import LineWork, check_targets, run_lines
 from batch.state import RunState
 from batch.summary import Summary, model_fingerprint, versions
@@ -67,6 +67,7 @@ def run_eval(options: EvalOptions, make_backend: MakeBackend = scoring_backend) 
     """Score every line of the input that has no scores yet. Raises L4Error; with an output the same call carries
     on."""
     run, against = options.run, options.against
+    require_consistent(run)
     if options.output is not None and (str(options.output) == "-" or _is_special(options.output)):
         raise UsageError("-o takes a file: what it holds is read again", hint="leave -o away to keep nothing")
     check_targets(open_input(run.input), {"-o": options.output, "--json": options.json})

@@ -67,15 +67,17 @@ def moe(
     x: torch.Tensor, router: Linear, experts: Experts, shared_gate_up: Linear, shared_down: Linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.moe`; in small steps the shared expert, which computes, runs beside the routed ones, which read."""
-    with _beside(x):
-        shared = mlp(x, shared_gate_up, shared_down)
-    banks = moe_banks(experts)
-    if banks is None:
-        expert, score = reference.route(x, router)
-        routed = reference.routed_experts(x, expert, score, experts)
-    else:
-        routed = triton_experts.routed_experts(x, linear(x, router), *banks)
-    _join(x)
+    try:
+        with _beside(x):
+            shared = mlp(x, shared_gate_up, shared_down)
+        banks = moe_banks(experts)
+        if banks is None:
+            expert, score = reference.route(x, router)
+            routed = reference.routed_experts(x, expert, score, experts)
+        else:
+            routed = triton_experts.routed_experts(x, linear(x, router), *banks)
+    finally:
+        _join(x)  # a capture that ends before would leave torch's allocator capturing
     return shared, routed
 
 

@@ -65,7 +65,7 @@ def _choose(
     if STORE:
         best = 1 / (1 + tl.exp(-tl.max(values, 1)))
         tl.store(score + token, best.to(score.dtype.element_ty), mask=there)
-    chosen = tl.argmax(values, 1)
+    chosen = tl.minimum(tl.argmax(values, 1), NUM_EXPERTS - 1)  # where all is NaN, any might come out
     return ((e[None, :] == chosen[:, None]) & there[:, None]).to(tl.int32)
 
 

@@ -104,7 +104,9 @@ def load_model(
     UsageError, CheckpointError."""
     where, kind = resolve_device(device), resolve_dtype(dtype, reader.arch)
     if kv_dtype == "fp8" and not ops.has_cuda_kernels(where):
-        raise UsageError("--kv-dtype fp8 needs a CUDA device", hint="leave the option out")
+        raise DeviceError(
+            "--kv-dtype fp8 needs a CUDA device, and torch sees none", hint="run it where there is one, or leave it out"
+        )
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)  # kernels are launched on the current one
     try:
@@ -151,7 +153,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise DeviceError(f"device {where} is not available: torch sees {count} CUDA devices", hint="use --device cpu")
     if importlib.util.find_spec("triton") is None:
         raise DeviceError(f"device {where} needs Triton, which is not installed", hint="pip install 'l4tool[cuda]'")
-    return where
+    # Some of torch.cuda's functions refuse a device without a number.
+    return where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, arch: Arch) -> torch.dtype:

@@ -56,7 +56,7 @@ class Size(click.ParamType):
 @click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
               help="int8: faster products with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
 @click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
-              help="fp8: half the KV cache's memory on a CUDA device, slightly less exact.")  # fmt: skip
+              help="fp8 holds twice the tokens in the same memory, on a CUDA device; slightly less exact.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Processes that compute: one CUDA device each, or the CPU cores split.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N lines.")

@@ -32,7 +32,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
               help="MODEL's: int8 is faster with INT4 weights on a CPU, slightly less exact.")  # fmt: skip
 @click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
-              help="MODEL's: fp8 is half the KV cache's memory on a CUDA device, slightly less exact.")  # fmt: skip
+              help="MODEL's: fp8 holds twice the tokens in the same memory, on a CUDA device.")  # fmt: skip
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Tokens computed in one step.")
 @click.option("--kv-memory", type=Size(), metavar="SIZE", help="Memory of each model's KV cache, such as 4GiB.")
 @click.option("--max-seqs", type=click.IntRange(1), help="Lines in work at the same time.")

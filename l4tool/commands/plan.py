@@ -32,7 +32,7 @@ SCHEMES = ("int4", "mixed", "fp8")
 @click.option("--context", help="Tokens of one sequence, prompt and answer: 8k, 128K, 1M.  [default: 8k]")
 @click.option("--concurrency", type=click.IntRange(1, 10**6), default=1, show_default=True, help="Sequences at once.")
 @click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True,
-              help="What batch caches keys and values in.")  # fmt: skip
+              help="What batch is to keep keys and values in; fp8 needs a CUDA device.")  # fmt: skip
 @click.option("--memory", default="8GiB", show_default=True, help="Most memory that quantize may use.")
 @click.option("--jobs", type=click.IntRange(1), help="Tensors quantized at once.  [default: one per core]")
 @click.option("--disk-speed", metavar="SIZE", help="What the disk reads and writes per second: 500MB, 2GB.")

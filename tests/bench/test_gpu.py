@@ -163,8 +163,10 @@ def test_the_page_is_filled(tmp_path):
 def test_the_cap(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 160 << 30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
-    assert gpu.cap_memory(80, CPU) == 80 and gpu.cap_memory(1000, CPU) == 160
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda share, device: asked.append(share), raising=False)
+    card = torch.device("cuda", 0)
+    assert gpu.cap_memory(80, card) == 80 and gpu.cap_memory(1000, card) == 160
     assert asked == [0.5, 1.0]
 
 

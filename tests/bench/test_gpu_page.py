@@ -61,9 +61,21 @@ def test_every_part_knows_its_options():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so_and_leaves_the_page(tmp_path):
     page = page_of(tmp_path, "peers")
-    command = [sys.executable, str(BENCH / "gpu_page.py"), "--page", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(BENCH / "gpu_page.py"), "--page", str(page), "--parts"]
+    done = subprocess.run([*command, "peers"], capture_output=True, text=True)
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Not run." in page.read_text()
+    done = subprocess.run([*command, "peers", "load"], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no marks of load" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("script, options", [
+    ("gpu_tune.py", ["--device", "cpu"]), ("gpu_peers.py", ["--device", "cpu"]), ("gpu_quantize.py", []),
+    ("load.py", ["nowhere"]),
+])  # fmt: skip
+def test_one_line_says_what_is_lacking(script, options, tmp_path):
+    done = subprocess.run([sys.executable, str(BENCH / script), *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_quantized_shards_are_compared(tmp_path, monkeypatch, capsys):

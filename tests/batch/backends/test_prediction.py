@@ -67,7 +67,9 @@ def test_kv_cache(case):
 
 def pretend_free(monkeypatch, free_bytes, total_bytes, share=1.0, reserved_bytes=0):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, total_bytes))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    # torch's own function runs: it wants a device with a number.
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda number: share, raising=False)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved_bytes)
 
 
@@ -77,17 +79,17 @@ def test_the_cache_that_a_device_gets(case, monkeypatch):
     model = load_model(open_checkpoint(folder))
     free_bytes = 4 * 2**30 - memory.CONTEXT_BYTES - model.weights_nbytes
     pretend_free(monkeypatch, free_bytes, 4 * 2**30)
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     assert default_kv_bytes(device, memory.step_bytes(model.arch.text)) == foretold.kv_bytes
 
 
 def test_a_limit_on_the_process_counts(monkeypatch):
     pretend_free(monkeypatch, free_bytes=1000, total_bytes=2000, share=0.5, reserved_bytes=300)
-    assert free_device_bytes(torch.device("cuda")) == 700
+    assert free_device_bytes(torch.device("cuda", 0)) == 700
     pretend_free(monkeypatch, free_bytes=100, total_bytes=2000, share=0.5, reserved_bytes=300)
-    assert free_device_bytes(torch.device("cuda")) == 100
+    assert free_device_bytes(torch.device("cuda", 0)) == 100
     pretend_free(monkeypatch, free_bytes=1000, total_bytes=2000, share=0.1, reserved_bytes=300)
-    assert free_device_bytes(torch.device("cuda")) == 0
+    assert free_device_bytes(torch.device("cuda", 0)) == 0
 
 
 class Scale:
@@ -128,9 +130,26 @@ def test_the_largest_step_is_run(scout_tiny, monkeypatch, room_bytes, largest):
     assert seen == largest or (largest is None and seen < 1_096_006)  # with little room, in several steps
 
 
+def test_what_fails_for_lack_of_memory_is_measured_again_smaller(scout_tiny, monkeypatch):
+    model = load_model(open_checkpoint(scout_tiny))
+    scale, forward = Scale(monkeypatch, model), type(model).forward
+    starts = []
+    monkeypatch.setattr(scale, "start", lambda: starts.append(scale.tokens.clear()))
+
+    def limited(model, step, kv):
+        found = forward(model, step, kv)
+        if len(step.token_ids) > 50:
+            raise torch.OutOfMemoryError("none left")
+        return found
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    assert worst_step_bytes(model, 96, 6, 16, 1 << 30, scale) == 1_000_000 + 48_000 + 6
+    assert len(starts) == 2
+
+
 def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):
     model = load_model(open_checkpoint(scout_tiny))
-    model.device = torch.device("cuda")  # nothing is run on it
+    model.device = torch.device("cuda", 0)  # nothing is run on it
     pretend_free(monkeypatch, 2**32, 2**32)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     bound = memory.step_bytes(model.arch.text)
@@ -143,14 +162,14 @@ def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):
 
 def test_no_memory_for_pictures_beside_the_weights(scout_tiny, monkeypatch):
     model = load_model(open_checkpoint(scout_tiny))
-    model.device = torch.device("cuda")
+    model.device = torch.device("cuda", 0)
     pretend_free(monkeypatch, 2**32, 2**32)
 
     def full(*asked):
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr("batch.backends.embedded.worst_step_bytes", full)
-    with pytest.raises(DeviceError, match="no memory for a step with pictures: none left"):
+    with pytest.raises(DeviceError, match="no memory for a step: none left"):
         engine_config(model, EmbeddedOptions())
 
 

@@ -104,3 +104,9 @@ def test_a_picture_for_which_there_is_no_memory_fails_alone(scout, few_tiles_fit
     while engine.has_work:
         engine.step()
     assert lost.error[0] == "image_error" and "none left" in lost.error[1] and len(other.output) == 2
+
+
+def test_what_is_kept_of_a_group_is_what_is_counted(scout):
+    images = pictures(scout.arch, (1, 1, 2))
+    for features in encoder_of(scout, 32)(images):
+        assert features.untyped_storage().nbytes() == features.nbytes

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from batch.job import BatchOptions, run_batch
+from batch.job import BatchOptions, engine_options, run_batch
 from l4tool.commands.batch import command
 from l4tool.core.errors import UsageError
 from tests import checkpoints
@@ -96,6 +96,9 @@ def test_a_damaged_archive_is_65(bare, tmp_path):
     (["--kv-dtype", "fp8", "--weights", "stream"], "--weights stream runs on the CPU only"),
     (["--weights", "stream", "--device", "cuda"], "--weights stream runs on the CPU only"),
     (["--memory", "4GiB"], "--memory goes with --weights stream"),
+    (["--weights", "stream", "--workers", "2"], "--weights stream and --workers exclude each other"),
+    (["--activations", "int8", "--device", "cuda"], "--activations int8 runs on the CPU only"),
+    (["--activations", "int8", "--kv-dtype", "fp8"], "--activations int8 runs on the CPU only, --kv-dtype fp8"),
 ])  # fmt: skip
 def test_options_that_exclude_each_other_are_refused_as_a_run_does(source, bare, scout_tiny, tmp_path, extra, message):
     with pytest.raises(UsageError, match=message):
@@ -112,3 +115,12 @@ def test_a_device_that_only_the_run_will_have(source, bare):
 def test_what_belongs_to_a_check_needs_one(source, bare, extra):
     done = CliRunner().invoke(command, [str(source), "--model", str(bare), *extra])
     assert done.exit_code != 0 and ("--check" in done.output or "OUT.jsonl" in done.output)
+
+
+def test_what_auto_means_where_there_is_a_gpu(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = {"weights": "stream"}, {"activations": "int8"}, {}, {"device": "cpu"}, {"kv_dtype": "fp8"}
+    found = [engine_options(BatchOptions(tmp_path, tmp_path, tmp_path, **options))["device"] for options in asked]
+    assert found == ["cpu", "cpu", "cuda", "cpu", "cuda"]

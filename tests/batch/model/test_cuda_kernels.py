@@ -7,7 +7,7 @@ from batch.kernels import ops
 from batch.kernels.linears import Fp8Linear, FusedLinear, Int4Linear
 from batch.model.model import load_model
 from converters.detect import open_checkpoint
-from l4tool.core.errors import UsageError
+from l4tool.core.errors import DeviceError
 from tests import checkpoints
 from tests.batch.model.driver import Driver, Row
 from tests.batch.model.test_text_parity import difference, random_ids
@@ -74,7 +74,7 @@ def test_decoding_steps_can_be_captured(arch, kind, group_size, most, request, t
 def test_a_cache_in_8_bits(scout_tiny, device, monkeypatch):
     monkeypatch.setattr("batch.kernels.triton_attention.PROGRAMS", 1)
     reader, ids = open_checkpoint(scout_tiny), random_ids(12, seed=2)
-    with pytest.raises(UsageError, match="--kv-dtype fp8 needs a CUDA device"):
+    with pytest.raises(DeviceError, match="--kv-dtype fp8 needs a CUDA device"):
         load_model(reader, "cpu", "float32", kv_dtype="fp8")
     with ops.cuda_only():
         plain = load_model(reader, device, "float32")

@@ -68,7 +68,9 @@ def test_weights_are_the_models_own(scout_tiny):
 def test_a_device_needs_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("cuda") == torch.device("cuda:0")  # with a number, which torch.cuda's functions ask for
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DeviceError, match="needs Triton") as error:
         resolve_device("cuda:1")

@@ -102,9 +102,7 @@ def _draw_rows(
     """Put the tokens of some rows into `tokens` [N]."""
     kernels = ops.cuda_kernels(logits)
     if kernels is not None:
-        limits = [(p.temperature, p.top_p, math.log(p.min_p) if p.min_p > 0 else -math.inf) for p in params]
-        whole = [(row, key, p.top_k) for row, key, p in zip(rows, keys, params, strict=True)]
-        sent = send([torch.tensor(limits, dtype=torch.float64), torch.tensor(whole)], logits.device)
+        sent = send(draw_parameters(rows, keys, params), logits.device)
         kernels.draw(logits.contiguous(), tokens, *sent, FIRST_CANDIDATES)
         return
     slice_rows = max(1, MAX_SCRATCH_ELEMENTS // logits.shape[1])
@@ -113,6 +111,13 @@ def _draw_rows(
         index = torch.tensor(rows[part], device=logits.device)
         mine = torch.tensor(keys[part], device=logits.device)
         tokens[index] = _draw(logits[index], mine, params[part], FIRST_CANDIDATES)
+
+
+def draw_parameters(rows: list[int], keys: list[int], params: list[SamplingParams]) -> list[torch.Tensor]:
+    """What a kernel asks for: float64 [R, 3] and int64 [R, 3], see triton_sampling.py."""
+    limits = [(p.temperature, p.top_p, math.log(p.min_p) if p.min_p > 0 else -math.inf) for p in params]
+    whole = [(row, key, p.top_k) for row, key, p in zip(rows, keys, params, strict=True)]
+    return [torch.tensor(limits, dtype=torch.float64), torch.tensor(whole)]
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,7 +153,7 @@ class Scheduler:
         block each: optimistic about output, so that memory is used, but not so that prompts push each other out."""
         room = _Room(self.blocks.full.num_free, self.blocks.chunked.num_free)
         for sequence in self.running:
-            room.take(*self.blocks.lacking(sequence.held, len(sequence.tokens)))
+            room.take(*self.blocks.lacking(sequence.held, len(sequence.tokens)), self._spare(sequence))
         in_progress = {key for sequence in self.running for key in self._coming_keys(sequence)}
         while self.waiting and self._may_admit():
             window = list(islice(self.waiting, WINDOW))
@@ -176,11 +176,16 @@ class Scheduler:
             need = self.blocks.need_after(hit, len(sequence.tokens))
             if self.running and not room.has(need.full, need.chunked):
                 break
-            room.take(need.full, need.chunked)
+            room.take(need.full, need.chunked, self._spare(sequence))
             self._start(sequence, hit)
             started.add(sequence)
             in_progress.update(self._coming_keys(sequence))
         return started
+
+    def _spare(self, sequence: Sequence) -> int:
+        """Chunked blocks to keep free for it: one, unless it needs a whole chunk already and so never more."""
+        whole = self.blocks.chunk_size // self.blocks.block_size
+        return int(self.blocks.need(len(sequence.tokens)).chunked < whole)
 
     def _start(self, sequence: Sequence, hit: PrefixHit) -> None:
         self.num_new_tokens -= self.waiting.pop(sequence)
@@ -258,7 +263,7 @@ class _Room:
     def has(self, full: int, chunked: int) -> bool:
         return full <= self.full and chunked <= self.chunked
 
-    def take(self, full: int, chunked: int) -> None:
-        """These, and one spare block of each kind."""
+    def take(self, full: int, chunked: int, spare_chunked: int) -> None:
+        """These, and a spare block of each kind."""
         self.full -= full + 1
-        self.chunked -= chunked + 1
+        self.chunked -= chunked + spare_chunked

@@ -297,7 +297,7 @@ def test_out_of_memory_makes_steps_smaller_and_loses_nothing(scout, expected, mo
     assert [s.output for s in sequences] == expected["scout"]
     assert engine.scheduler.max_batch_tokens < 200
     said = [line for line in capsys.readouterr().err.splitlines() if "ran out of memory" in line]
-    assert 1 <= len(said) <= 5 and "a step of 160 tokens" in said[0]
+    assert 1 <= len(said) <= 5 and "a step of 200 tokens" in said[0]
 
 
 def test_out_of_memory_for_good_is_an_error_and_not_a_loop(scout, monkeypatch):

@@ -127,6 +127,20 @@ def steps_of(answers, max_seqs=4):
     return steps, began
 
 
+def test_as_many_run_as_have_a_whole_chunk_each():
+    """A sequence of more than a chunk never needs more chunked blocks: none is kept free for it."""
+    scheduler = make_scheduler(full=1000, chunked=5 * CHUNK // BLOCK, max_seqs=5, max_batch_tokens=500)
+    for name in range(5):
+        scheduler.add(make_sequence(name, 2 * CHUNK + 3, 9))
+    scheduler.schedule()
+    assert len(scheduler.running) == 5
+    short = make_scheduler(full=1000, chunked=5, max_seqs=5, max_batch_tokens=500)
+    for name in range(5):
+        short.add(make_sequence(name, 3, 9))
+    short.schedule()
+    assert len(short.running) == 3  # five blocks: two for each of two, the one it needs and the next, and one more
+
+
 def test_a_long_answer_does_not_begin_last():
     # 15 short answers, then a long one: in input order it would run alone for most of its steps.
     steps, began = steps_of([10] * 15 + [40])

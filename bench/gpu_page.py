@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import subprocess
 import sys
 import time
@@ -57,7 +58,8 @@ def run_part(part: str, page: Path) -> bool:
         command += ["--write", str(page)]
     began = time.perf_counter()
     everything = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run([sys.executable, *command], text=True, cwd=ROOT, **everything)
+    in_order = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, *command], text=True, cwd=ROOT, env=in_order, **everything)
     note(f"{part}: exit code {done.returncode} after {time.perf_counter() - began:.0f} s")
     if itself and done.returncode == 0:
         return True

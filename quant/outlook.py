@@ -45,7 +45,8 @@ class Making:
 class Outlook:
     """One scheme. `file_bytes`: all shards on disk; `tensor_bytes`: without headers.
 
-    Where it does not fit: `would_fit`, the hardware that it fits, and `schemes_that_fit` the hardware asked about.
+    Where it does not fit: `would_fit`, the hardware that it fits, `schemes_that_fit` the hardware asked about, and
+    whether it fits that with keys and values in FP8.
     """
 
     scheme: str
@@ -54,6 +55,7 @@ class Outlook:
     making: Making | None
     fitting: Fitting
     would_fit: tuple[Hardware, ...]
+    fits_with_fp8_kv: bool = False
     schemes_that_fit: tuple[str, ...] = ()
 
 
@@ -108,7 +110,9 @@ def _outlook(
 ) -> Outlook:
     fitting = fit_on(reader.arch, weights, question.hardware, question.demand)
     other = [] if fitting.fits else would_fit(reader.arch, weights, question.hardware, question.demand)
-    return Outlook(scheme, *sizes, making, fitting, tuple(other))
+    halved = replace(question.demand, kv_dtype="fp8")
+    fits_halved = not fitting.fits and fit_on(reader.arch, weights, question.hardware, halved).fits
+    return Outlook(scheme, *sizes, making, fitting, tuple(other), fits_halved)
 
 
 def _making(reader: Reader, recipe: Recipe, plan: Plan, question: Question) -> Making:
@@ -153,6 +157,7 @@ def as_json(model: dict[str, Any], outlooks: list[Outlook], question: Question) 
                 "per_gpu": asdict(outlook.fitting),
                 "fits": outlook.fitting.fits,
                 "would_fit": [{"gpu": other.gpu.name, "count": other.count} for other in outlook.would_fit],
+                "fits_with_fp8_kv": outlook.fits_with_fp8_kv,
                 "schemes_that_fit": list(outlook.schemes_that_fit),
             }
             for outlook in outlooks

@@ -36,6 +36,8 @@ def verdicts(outlooks: list[Outlook], names: dict[str, str], question: Question)
             if others
             else "No number of GPUs of the table that divides the model is enough."
         )
+        if outlook.fits_with_fp8_kv:
+            instead = f"With --kv-dtype fp8 it does. {instead}"
         if outlook.schemes_that_fit:
             instead += f" On {question.hardware}: {' or '.join(names[scheme] for scheme in outlook.schemes_that_fit)}."
         lines.append(f"{name} does not fit {question.hardware}: {_reason(outlook, question)}. {instead}")

@@ -92,6 +92,13 @@ def test_fp8_keys_and_values_take_half(plan, answer, config):
     assert 2 * halved["kv_bytes_per_sequence"] == plain["kv_bytes_per_sequence"]
     assert halved["kv_bytes"] == plain["kv_bytes"] and 2 * plain["full_blocks"] <= halved["full_blocks"] + 1
     assert halved["longest_tokens"] > plain["longest_tokens"]
+    _, out, _ = plan(source, "--int4", "--concurrency", "12")
+    assert "--int4 does not fit 1 × h100" in out and "With --kv-dtype fp8 it does. It fits 2 × h100" in out
+    found = answer(source, "--int4", "--concurrency", "12")["schemes"]["int4"]
+    assert not found["fits"] and found["fits_with_fp8_kv"]
+    assert not answer(source, "--int4", "--concurrency", "12", "--kv-dtype", "fp8")["schemes"]["int4"][
+        "fits_with_fp8_kv"
+    ]
     assert "FP8 KV cache/GPU" in plan(source, "--kv-dtype", "fp8")[1]
     assert "KV cache, FP8" in plan(source, "--int4", "--kv-dtype", "fp8")[1]
 
@@ -109,6 +116,7 @@ def test_json_has_everything_under_keys_that_stay(answer, config):
     for scheme in found["schemes"].values():
         assert set(scheme) == {
             "file_bytes", "tensor_bytes", "quantize", "per_gpu", "fits", "would_fit", "schemes_that_fit",
+            "fits_with_fp8_kv",
         }  # fmt: skip
         assert set(scheme["per_gpu"]) == {
             "obstacle", "weight_bytes", "reserved_bytes", "kv_bytes", "kv_bytes_per_sequence", "block_tokens",

@@ -28,11 +28,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
 
+# Without a GPU, also where there is one: what is compared with one is in test-gpu.
 test: setup
-	$(PY) -m pytest -n $(TEST_WORKERS) -m "not slow and not llama_cpp"
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(TEST_WORKERS) -m "not slow and not llama_cpp"
 
 test-slow: setup
-	$(PY) -m pytest -m slow
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m slow
 
 # On a machine with a CUDA build of torch: the kernels, models and runs that are compared with the CPU.
 test-gpu: setup
@@ -49,7 +50,7 @@ $(LLAMA)/.done: constraints.txt
 
 # Kills, power cuts, fuzz and a million lines: docs/reliability.md.
 soak: setup
-	$(PY) -m pytest -n $(TEST_WORKERS) -m "slow or not slow" tests/batch/soak tests/batch/job tests/batch/front
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(TEST_WORKERS) -m "slow or not slow" tests/batch/soak tests/batch/job tests/batch/front
 
 lint: setup
 	$(PY) -m ruff check .

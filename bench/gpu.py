@@ -9,7 +9,8 @@
 Weights are random and made on the device, at Scout's real shapes; the engine is the one that `l4tool batch` runs. First
 the card is measured: a copy of 2 GiB (read and written) and a product of 8192 × 8192 in bf16. Shares are of the least
 time that these allow for the weights touched, the keys and values, and the arithmetic (bench/limits.py). Prompts are of
-random tokens, greedy (drawn: temperature 0.6, top-p 0.9), without end tokens. Pictures have five tiles.
+random tokens, greedy (drawn: temperature 0.6, top-p 0.9), without end tokens; decoding follows 300 of them, 64 where
+more than 64 sequences decode. Pictures have five tiles.
 Side by side, unless --no-peer: four layers of Scout's widths in bf16, ours and transformers' generate(), 16 prompts of
 300 tokens, 64 new ones.
 """
@@ -22,6 +23,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,16 +137,24 @@ def measure_model(
         "weight_bytes": model.weights_nbytes, "kv_bytes": config.kv_bytes, "default_kv_bytes": default_kv_bytes,
         "plan_kv_bytes": foretold.kv_bytes,
         "kv_tokens": kv_tokens(reader.arch.text, config.kv_bytes, model.dtype.itemsize, config.block_size),
-        "prefill": {
-            length: asdict(prefill_rate(engine, length, count, costs, machine)) for length, count in PREFILL.items()
-        },
-        "decode": {count: asdict(decode_rate(engine, count, costs, machine)) for count in DECODE},
-        "drawn": {count: asdict(decode_rate(engine, count, costs, machine, drawn=True)) for count in DRAWN},
+        "prefill": {n: rate_of(lambda: prefill_rate(engine, n, count, costs, machine)) for n, count in PREFILL.items()},  # noqa: B023
+        "decode": {n: rate_of(lambda: decode_rate(engine, n, costs, machine)) for n in DECODE},  # noqa: B023
+        "drawn": {n: rate_of(lambda: decode_rate(engine, n, costs, machine, drawn=True)) for n in DRAWN},  # noqa: B023
         "images_s": images_per_second(engine),
     }  # fmt: skip
     figures["peak_bytes"] = torch.cuda.max_memory_reserved(device)
     engine.close()
     return figures
+
+
+def rate_of(measured: Callable[[], Any]) -> dict[str, Any]:
+    """A Rate's fields, or why there is none."""
+    from gpu_measure import Unmeasured
+
+    try:
+        return asdict(measured())
+    except Unmeasured as error:
+        return {"failure": str(error)}
 
 
 def measure_peer(device: Any, folder: Path) -> dict[str, float]:
@@ -221,7 +231,11 @@ def model_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     named = [(f"prompts of {length} tokens", rate) for length, rate in figures["prefill"].items()]
     named += [(f"decoding, {count} at a time", rate) for count, rate in figures["decode"].items()]
     named += [(f"decoding, {count} at a time, drawn", rate) for count, rate in figures["drawn"].items()]
-    rows += [(name, f"{rate['per_second']:,.0f} tokens/s", f"{rate['of_limit']:.0%}") for name, rate in named]
+    for name, rate in named:
+        if "failure" in rate:
+            rows.append((name, f"not measured: {rate['failure']}", ""))
+        else:
+            rows.append((name, f"{rate['per_second']:,.0f} tokens/s", f"{rate['of_limit']:.0%}"))
     return [*rows, ("pictures of five tiles", f"{figures['images_s']:.1f} a second", "")]
 
 
@@ -255,14 +269,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments, device, Path(folder))
         torch.cuda.empty_cache()
+        put_down(arguments, figures)  # before the peer, which may take the process with it
         if not arguments.no_peer:
             try:
                 figures["peer"] = measure_peer(device, Path(folder))
-            except (RuntimeError, ImportError, ValueError, AttributeError, TypeError) as error:
+            except Exception as error:
                 figures["peer_failure"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            put_down(arguments, figures)
+    print(markdown(figures))
+
+
+def put_down(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """The figures where they are wanted."""
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print(markdown(figures))
     if arguments.write:
         write_into(arguments.write, arguments.scheme, markdown(figures))
 

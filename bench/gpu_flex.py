@@ -32,7 +32,7 @@ def paged(
         return (number >= 0) & (number * page + place % page <= before + row)
 
     mask = _mask(places, sees, queries, before, page, tile)
-    run = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    run = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
     rows = q.transpose(1, 2).contiguous()  # [S, A, Q, D]
 
     def compute() -> torch.Tensor:

@@ -26,7 +26,8 @@ from converters.writing.encoder import Scratch
 from quant.encoders import Int4
 
 QUANTIZE_THREADS = 4
-DECODE_PROMPT, DECODE_STEPS = 300, 64
+DECODE_PROMPT, SHORT_PROMPT, DECODE_STEPS = 300, 64, 64
+MANY = 64  # sequences; more have short prompts, so that they fit beside INT4 weights in 80 GB
 NUM_SPECIAL = 2048  # ids that no prompt may hold: the last of the vocabulary
 COPY_BYTES, MATMUL_SIZE = 2 << 30, 8192
 GREEDY, DRAWN = SamplingParams(1), SamplingParams(1, temperature=0.6, top_p=0.9)
@@ -147,6 +148,10 @@ class Rate:
     of_limit: float
 
 
+class Unmeasured(Exception):
+    """A figure that could not be taken, and why."""
+
+
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size - NUM_SPECIAL) for _ in range(length)] for _ in range(count)]
@@ -170,16 +175,17 @@ def run_all(engine: Engine, prompts: list[list[int]], new_tokens: int) -> None:
         engine.step()
     failed = [sequence.error for sequence in added if sequence.error is not None]
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(added)} sequences failed: {failed[0]}")
+        raise Unmeasured(f"{len(failed)} of {len(added)} sequences failed: {failed[0]}")
 
 
 def decode_rate(
-    engine: Engine, sequences: int, costs: Costs, machine: Machine, prompt: int = DECODE_PROMPT,
+    engine: Engine, sequences: int, costs: Costs, machine: Machine, prompt: int | None = None,
     steps: int = DECODE_STEPS, drawn: bool = False,
 ) -> Rate:  # fmt: skip
     """So many sequences decoding together: `steps` steps, once all prompts are computed and one step is done. `drawn`:
-    not greedily, but as the model's own defaults are."""
-    prompts = random_prompts(sequences, prompt, engine.model.arch.text.vocab_size)
+    not greedily, but as the model's own defaults are. Raises Unmeasured where they do not fit the cache."""
+    length = prompt or (DECODE_PROMPT if sequences <= MANY else SHORT_PROMPT)
+    prompts = random_prompts(sequences, length, engine.model.arch.text.vocab_size)
     sampling = replace(DRAWN if drawn else GREEDY, max_tokens=4 * steps + sequences)
     added = [engine.add(n, ids, sampling) for n, ids in enumerate(prompts)]
     while any(sequence.num_left > 1 or not sequence.num_generated for sequence in added):
@@ -191,14 +197,14 @@ def decode_rate(
     for _ in range(steps):
         engine.step()
     seconds = time.perf_counter() - began
-    drawn = sum(len(sequence.tokens) for sequence in added) - sum(lengths)
+    found = sum(len(sequence.tokens) for sequence in added) - sum(lengths)
     for sequence in added:
         engine.finish(sequence, "stop")
     wanted: list[Step] = [decode_step([length + step for length in lengths]) for step in range(steps)]
     limit = sum(step.seconds(costs, machine) for step in wanted)
-    if drawn != steps * sequences:
-        raise SystemExit(f"{sequences} sequences drew {drawn} tokens in {steps} steps: the KV cache is too small")
-    return Rate(drawn / seconds, limit / seconds)
+    if found != steps * sequences:
+        raise Unmeasured(f"{sequences} sequences drew {found} tokens in {steps} steps: the KV cache is too small")
+    return Rate(found / seconds, limit / seconds)
 
 
 def images_per_second(engine: Engine, tiles: int = 5, count: int = 24) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from converters.reader import TensorInfo
 from converters.writer import TensorSpec
 from converters.writing.encoder import Copy, Encoded, Encoder, Scratch
-from l4tool.core.errors import UsageError
+from l4tool.core.errors import DeviceError, UsageError
 from quant import ops
 from quant.schemes import Recipe
 
@@ -51,7 +53,8 @@ class Int4(Encoder):
         return {stored + "_shape": torch.tensor(info.shape, dtype=torch.int64)}
 
     def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
-        result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row, scratch)
+        with _device_errors(self.device):
+            result = ops.int4(_to(weight, self.device), self.group_size, self.scale, info.name, row, scratch)
         pieces = [(stored + "_packed", result.packed, row), (stored + "_scale", result.scale, row)]
         return Encoded(pieces, result.error, result.square)
 
@@ -74,7 +77,8 @@ class Fp8(Encoder):
         return [TensorSpec(stored, (out, cols), torch.float8_e4m3fn), scale]
 
     def encode(self, weight: torch.Tensor, info: TensorInfo, stored: str, row: int, scratch: Scratch) -> Encoded:
-        result = ops.fp8(_to(weight, self.device), info.name, row, scratch)
+        with _device_errors(self.device):
+            result = ops.fp8(_to(weight, self.device), info.name, row, scratch)
         pieces = [(stored, result.weight, row), (stored + "_scale", result.scale, row)]
         return Encoded(pieces, result.error, result.square)
 
@@ -91,6 +95,16 @@ def make_encoders(recipe: Recipe, device: str) -> dict[str, Encoder]:
 
         return {"bf16": FiniteCopy(), "int4": QuantoInt4(recipe.scale), "fp8": QuantoFp8()}
     return {"bf16": FiniteCopy(), "int4": Int4(recipe.group_size, recipe.scale, device), "fp8": Fp8(device)}
+
+
+@contextlib.contextmanager
+def _device_errors(device: str) -> Iterator[None]:
+    """What goes wrong on a device as DeviceError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"{device} failed: {reason}", hint="use fewer --jobs, or --device cpu") from error
 
 
 def _to(weight: torch.Tensor, device: str) -> torch.Tensor:

@@ -59,10 +59,14 @@ def peak_rss_bytes() -> int:
 
 
 def take_peak_rss(pid: int | str = "self") -> int:
-    """Peak resident bytes of one process since it began or was asked last; mapped files count. Linux."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    """Peak resident bytes of one process since it began or was asked last (since it began where the system cannot say
+    more); mapped files count. Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return peak_rss_bytes()
 
 
 def warm_up_prompts(job: dict[str, Any]) -> list[list[int]]:

@@ -49,9 +49,9 @@ def test_the_engine_is_measured(engine):
 
 
 def test_what_does_not_run_is_said(engine):
-    with pytest.raises(SystemExit, match=r"1 of 1 sequences failed: .'context_length"):
+    with pytest.raises(gpu_measure.Unmeasured, match=r"1 of 1 sequences failed: .'context_length"):
         gpu_measure.run_all(engine, [[1] * 5000], 1)
-    with pytest.raises(SystemExit, match="the KV cache is too small"):
+    with pytest.raises(gpu_measure.Unmeasured, match="the KV cache is too small"):
         gpu_measure.decode_rate(engine, 9, engine.costs, MACHINE, prompt=2, steps=4)  # eight places
 
 
@@ -98,6 +98,10 @@ def small(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1 << 30)
 
 
+def refuse():
+    raise gpu_measure.Unmeasured("too small")
+
+
 @pytest.mark.parametrize("scheme", ["int4", "bf16"])
 def test_a_whole_model_is_measured(small, scheme, tmp_path):
     arguments = argparse.Namespace(layers=4, scheme=scheme)
@@ -105,7 +109,8 @@ def test_a_whole_model_is_measured(small, scheme, tmp_path):
     assert set(found["prefill"]) == {40} and set(found["decode"]) == {1, 3} and set(found["drawn"]) == {2}
     assert all(rate["per_second"] > 0 for kind in ("prefill", "decode", "drawn") for rate in found[kind].values())
     assert found["default_kv_bytes"] > 0 and found["plan_kv_bytes"] > 0
-    assert gpu.model_rows(found | {"layers": 4})
+    rows = gpu.model_rows(found | {"layers": 4, "drawn": {256: gpu.rate_of(refuse)}})
+    assert ("decoding, 256 at a time, drawn", "not measured: too small", "") in rows
 
 
 def test_transformers_runs_beside(small, tmp_path):

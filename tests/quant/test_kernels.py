@@ -165,18 +165,3 @@ def test_every_16_bit_value_is_read_exactly(dtype):
     got, is_nan = torch.from_numpy(out), expected.isnan()
     assert torch.equal(got.isnan(), is_nan)
     assert torch.equal(got[~is_nan].view(torch.int32), expected[~is_nan].view(torch.int32))  # the sign of zero too
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu():
-    for dtype in DTYPES:
-        w = weight(300, 640, dtype, seed=5)
-        for method in ("absmax", "mse"):
-            ours, theirs = ops.int4(w, 128, method), ops.int4(w.cuda(), 128, method)
-            assert all(
-                torch.equal(getattr(ours, f), getattr(theirs, f)) for f in ("packed", "scale", "error", "square")
-            )
-        ours8, theirs8 = ops.fp8(w), ops.fp8(w.cuda())
-        assert torch.equal(ours8.weight.view(torch.uint8), theirs8.weight.view(torch.uint8))
-        assert torch.equal(ours8.scale, theirs8.scale)

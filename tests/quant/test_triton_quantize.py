@@ -1,10 +1,15 @@
 """Quantization on a device against the specification, bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from converters.reader import TensorInfo
+from converters.writing.encoder import Scratch
+from l4tool.core.errors import DeviceError
 from quant import ops
-from quant.encoders import _to
+from quant.encoders import Fp8, Int4, _to
 from tests.triton_device import device, poisoned  # noqa: F401
 
 pytest.importorskip("triton")
@@ -77,3 +82,32 @@ def test_weights_go_to_the_device_as_they_lie(device):  # noqa: F811
         there = _to(source, "cuda" if device.type == "cuda" else "meta")
         assert there.shape == source.shape and (there.stride(0) == 1) == (source.stride(0) == 1)
     assert _to(w, "cpu") is w
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu():
+    for dtype in DTYPES:
+        w = weight(300, 640, dtype)
+        for method in ("absmax", "mse"):
+            ours, theirs = ops.int4(w, 128, method), ops.int4(w.cuda(), 128, method)
+            assert all(
+                torch.equal(getattr(ours, f), getattr(theirs, f)) for f in ("packed", "scale", "error", "square")
+            )
+        ours8, theirs8 = ops.fp8(w), ops.fp8(w.cuda())
+        assert torch.equal(ours8.weight.view(torch.uint8), theirs8.weight.view(torch.uint8))
+        assert torch.equal(ours8.scale, theirs8.scale)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), torch.AcceleratorError("gone")])
+@pytest.mark.parametrize("encoder", [Int4(32, "mse"), Fp8()])
+def test_a_device_that_fails_is_one_clear_error(encoder, error, monkeypatch):
+    def failing(*arguments):
+        raise error
+
+    monkeypatch.setattr(ops, encoder.kind, failing)
+    w = weight(8, 64, torch.bfloat16)
+    info = TensorInfo("expert", tuple(w.shape), w.dtype, w.nbytes, Path("none"))
+    with pytest.raises(DeviceError, match="failed: ") as raised:
+        encoder.encode(w, info, "expert.weight", 0, Scratch())
+    assert "--jobs" in raised.value.hint and "\n" not in str(raised.value)

@@ -14,6 +14,8 @@ from batch.model.model import Model
 from batch.requests import ImageTiles, SamplingParams
 from quant.memory import BlockNeed, blocks_bytes, ceil_div
 
+ROUNDS = 3  # steps that were shrunk grow again in a long round, so this could go on for ever
+
 
 class Meter(Protocol):
     """Measures the most memory taken at a time, in bytes above what was taken at the start."""
@@ -60,11 +62,12 @@ def worst_step_bytes(
     needed = blocks_bytes(model.arch.text, BlockNeed(blocks, blocks), block_size, model.kv_dtype.itemsize)
     config = EngineConfig(max_batch_tokens, max_seqs, min(needed, room_bytes), block_size, prefix_cache=False)
     engine = Engine(model, config, eos_token_ids=())
-    before = -1
-    while before < engine.num_out_of_memory:  # what failed was larger than what will run: measured again, smaller
+    for _ in range(ROUNDS):
         before = engine.num_out_of_memory
         meter.start()
         _largest_steps(engine, length)
+        if engine.num_out_of_memory == before:
+            break  # else what failed was larger than what will run: measured again, smaller
     taken = meter.peak() + meter.kept()
     engine.close()
     return taken

@@ -147,6 +147,22 @@ def test_what_fails_for_lack_of_memory_is_measured_again_smaller(scout_tiny, mon
     assert len(starts) == 2
 
 
+def test_a_model_that_never_fits_is_not_measured_for_ever(scout_tiny, monkeypatch):
+    """So small a device that a round has steps enough to grow again, and fails again."""
+    model = load_model(open_checkpoint(scout_tiny))
+    scale, forward, starts = Scale(monkeypatch, model), type(model).forward, []
+    monkeypatch.setattr(scale, "start", lambda: starts.append(scale.tokens.clear()))
+    monkeypatch.setattr("batch.engine.failures.GOOD_STEPS_TO_GROW", 2)
+
+    def limited(model, step, kv):
+        if len(step.token_ids) > 10:
+            raise torch.OutOfMemoryError("none left")
+        return forward(model, step, kv)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    assert worst_step_bytes(model, 96, 6, 16, 1 << 30, scale) > 0 and len(starts) == 3
+
+
 def test_what_a_device_is_seen_to_need_counts(scout_tiny, monkeypatch, capsys):
     model = load_model(open_checkpoint(scout_tiny))
     model.device = torch.device("cuda", 0)  # nothing is run on it

@@ -104,16 +104,13 @@ class Loader:
             self._require_int8()
 
     def _require_int8(self) -> None:
-        if self.packer is None or not self.packer.has_int8():
-            lacks = f"this runs in {self.dtype}".replace("torch.", "")
-            if self.dtype == torch.bfloat16:
-                lacks = f"this is {self.device}" if self.device.type != "cpu" else "this CPU lacks one of them"
+        if self.dtype != torch.bfloat16:
             raise UsageError(
-                f"--activations int8 needs bfloat16 on a CPU with AVX-512 VNNI and BF16; {lacks}",
-                hint="add --dtype bfloat16, or leave --activations out"
-                if "runs in" in lacks
-                else "leave the option out",
+                f"--activations int8 needs bfloat16; this runs in {str(self.dtype).removeprefix('torch.')}",
+                hint="add --dtype bfloat16, or leave --activations out",
             )
+        if self.packer is None or not self.packer.has_int8():
+            raise UsageError("--activations int8 needs a CPU with AVX-512 VNNI and BF16", hint="leave the option out")
         if not any(name.endswith(".weight_packed") for name in self.reader.tensors()):
             raise UsageError(
                 f"--activations int8 is for INT4 weights; {self.reader.path} has none",
